@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from meshctl.processes import Command, MissingProgramError, NotReadyError
@@ -24,13 +23,11 @@ class Envoy:
         *,
         configuration: Path,
         admin_port: int,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Describes an Envoy whose admin interface is on a loopback port."""
         self.folder = folder
         self.configuration = configuration
         self.admin_port = admin_port
-        self._environment = dict(environment or {})
 
     async def prepare(self) -> None:
         """Makes the folder."""
@@ -52,7 +49,6 @@ class Envoy:
             ),
             directory=self.folder,
             log=self.folder / "envoy.log",
-            environment=self._environment,
             grace_seconds=4.0,
         )
 

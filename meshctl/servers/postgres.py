@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import os
 import shutil
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import asyncpg
 
+from meshctl.leftovers import processes_in
 from meshctl.processes import Command, NotReadyError, port_answers, run_to_end
 from meshctl.servers.base import Identity, unprivileged, wheel_folder
 
@@ -33,7 +37,6 @@ class Postgres:
         port: int,
         password: str,
         durable: bool = True,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Describes a cluster.
 
@@ -42,14 +45,12 @@ class Postgres:
             port: Loopback port to listen on.
             password: The superuser's; set when the cluster is made.
             durable: False drops fsync and asks nobody for a password: for tests alone.
-            environment: Extra variables for the server process.
         """
         self.folder = folder
         self.data = folder / "data"
         self.port = port
         self.password = password
         self.durable = durable
-        self._environment = dict(environment or {})
 
     def url(self, database: str = "postgres", *, role: str = "", password: str = "") -> str:
         """Answers a ``postgresql://`` URL; the superuser's when no role is named."""
@@ -60,10 +61,21 @@ class Postgres:
         """Makes the cluster unless there is one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = self._identity()
+        await self._outlive_leftovers()
         if not (self.data / "global" / "pg_control").exists():
             shutil.rmtree(self.data, ignore_errors=True)
             await self._initialize(identity)
         identity.adopt(self.data)
+
+    async def _outlive_leftovers(self) -> None:
+        # The backends of a killed postmaster notice within moments; until then the shared memory
+        # is in use and a new postmaster refuses to start.
+        deadline = time.monotonic() + 5.0
+        while leftovers := [p for p in processes_in(self.data) if p.command == "postgres"]:
+            if time.monotonic() > deadline:
+                for process in leftovers:
+                    process.signal(signal.SIGKILL)
+            await asyncio.sleep(0.02)
 
     async def _initialize(self, identity: Identity) -> None:
         # initdb wants to make the folder's content as its owner, and reads the password as that
@@ -129,7 +141,6 @@ class Postgres:
             argv=(str(_postgres_bin() / "postgres"), "-D", str(self.data), *flags),
             directory=self.data,
             log=self.folder / "postgres.log",
-            environment=self._environment,
             identity=self._identity().prefix,
             stop_signal=signal.SIGINT,
             death_signal=signal.SIGINT,
@@ -142,9 +153,16 @@ class Postgres:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError as error:
             raise NotReadyError("no postmaster.pid yet") from error
-        if len(lines) < 8 or lines[7].strip() != "ready" or lines[3] != str(self.port):
+        if len(lines) < 8 or lines[7].strip() != "ready" or not self._is_ours(lines[0]):
             raise NotReadyError("the cluster is starting")
         await port_answers(self.port)
+
+    def _is_ours(self, pid: str) -> bool:
+        # A killed postmaster leaves its file behind, with "ready" in it.
+        try:
+            return os.fsencode(self.data) in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
 
     async def ensure_databases(self, passwords: Mapping[str, str]) -> None:
         """Makes one database, with a role of the same name that owns it, for each entry.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from meshctl.processes import (
@@ -30,13 +29,10 @@ class Epmd:
     name = "epmd"
     ready_within_seconds = 10.0
 
-    def __init__(
-        self, folder: Path, *, port: int, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, port: int) -> None:
         """Describes a port mapper of our own on a loopback port."""
         self.folder = folder
         self.port = port
-        self._environment = dict(environment or {})
 
     async def prepare(self) -> None:
         """Makes the folder.
@@ -54,7 +50,6 @@ class Epmd:
             argv=("epmd", "-address", "127.0.0.1", "-port", str(self.port)),
             directory=self.folder,
             log=self.folder / "epmd.log",
-            environment=self._environment,
             grace_seconds=2.0,
         )
 
@@ -79,7 +74,6 @@ class RabbitMQ:
         epmd_port: int,
         distribution_port: int,
         password: str,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Describes a node.
 
@@ -89,14 +83,12 @@ class RabbitMQ:
             epmd_port: Where its `Epmd` listens.
             distribution_port: Loopback port for Erlang's own protocol (rabbitmqctl).
             password: Of the user `mesh`.
-            environment: Extra variables for the server process.
         """
         self.folder = folder
         self.port = port
         self.epmd_port = epmd_port
         self.distribution_port = distribution_port
         self.password = password
-        self._environment = dict(environment or {})
 
     def url(self, vhost: str = "") -> str:
         """Answers the ``amqp://`` URL of a virtual host, of `mesh` when none is named."""
@@ -133,7 +125,7 @@ class RabbitMQ:
         """Answers the variables for the node and for ``rabbitmqctl`` beside it."""
         own = self.folder / "node"
         beam = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none -start_epmd false"
-        return self._environment | {
+        return {
             "HOME": str(own),
             "RABBITMQ_NODENAME": "mesh@localhost",
             "RABBITMQ_MNESIA_BASE": str(own / "mnesia"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 
 from meshctl.processes import Command, NotReadyError
@@ -22,13 +21,11 @@ class Valkey:
         *,
         port: int,
         password: str,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Describes a cache on a loopback port; `folder` holds its configuration and log."""
         self.folder = folder
         self.port = port
         self.password = password
-        self._environment = dict(environment or {})
 
     def url(self, database: int = 0) -> str:
         """Answers the ``redis://`` URL of one of the sixteen databases."""
@@ -53,7 +50,6 @@ class Valkey:
             argv=(str(server), "valkey.conf"),
             directory=self.folder,
             log=self.folder / "valkey.log",
-            environment=self._environment,
             grace_seconds=3.0,
         )
 
