@@ -1,0 +1,1 @@
+"""Doubles of what ordermesh talks to: programs of their own, reached over real sockets."""
