@@ -1,0 +1,1 @@
+"""How any service of ordermesh runs; a fifth service, unrelated to orders, would use it unchanged."""

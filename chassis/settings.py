@@ -1,0 +1,148 @@
+"""What every process reads from its environment, checked when it starts.
+
+Each service adds its own settings in its `settings` module. The table of all of them
+is generated into docs/settings.md by `make settings-table`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Merchant(BaseModel):
+    """One merchant of the merchants file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")
+    name: str = Field(min_length=1, max_length=200)
+    email: str = Field(min_length=3, max_length=254)
+    settlement_currency: str = Field(pattern=r"^[A-Z]{3}$")
+    capture_method: Literal["automatic", "manual"] = "automatic"
+    locale: str = "en"
+
+
+class _MerchantsFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    merchants: list[Merchant] = Field(min_length=1)
+
+
+class ServiceSettings(BaseSettings):
+    """The settings that all services share.
+
+    Raises:
+        pydantic.ValidationError: A variable is missing or malformed; the message
+            names each of them.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MESH_", frozen=True, extra="ignore")
+
+    broker_url: SecretStr = SecretStr("")
+    """Where events flow: `amqp://user:password@host:port/vhost` (RabbitMQ) or
+    `postgresql://role:password@host:port/database` (a queue in PostgreSQL)."""
+
+    redis_url: SecretStr = SecretStr("")
+    """The cache, `redis://:password@host:port/0`; empty runs without one."""
+
+    grpc_address: str = "127.0.0.1:0"
+    """Host and port for gRPC (mutual TLS); port 0 picks a free one."""
+
+    http_address: str = "127.0.0.1:0"
+    """Host and port for `/livez`, `/readyz` and `/metrics`, plain HTTP, inside only."""
+
+    tls_cert: Path | None = None
+    """PEM certificate chain of this service, for both sides of mutual TLS."""
+
+    tls_key: Path | None = None
+    """PEM private key of `MESH_TLS_CERT`."""
+
+    tls_ca: Path | None = None
+    """PEM certificates of the authority that signed every peer's certificate."""
+
+    insecure: bool = False
+    """Serve without TLS and believe the identity headers. For tests only."""
+
+    trusted_proxy: str = "edge.mesh"
+    """The certificate name of Envoy, whose identity headers are believed."""
+
+    internal_address: str = ""
+    """Host and port of Envoy's internal listener, for calls to other services."""
+
+    internal_name: str = "envoy.mesh"
+    """The certificate name of Envoy's internal listener."""
+
+    merchants: Path = Path("merchants.json")
+    """The file of merchants, JSON, checked at start."""
+
+    page_token_key: SecretStr = Field(default=SecretStr(""), min_length=0)
+    """Secret under which page tokens are signed; the same for all replicas."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least level that is logged."""
+
+    log_format: Literal["json", "console"] = "json"
+    """`json` for programs, `console` for people."""
+
+    otlp_endpoint: str = ""
+    """Where spans go, `http://host:4317` (OTLP over gRPC); empty traces nothing."""
+
+    reflection: bool = True
+    """Serve gRPC reflection. Off in production, where the protos are published."""
+
+    drain_seconds: float = Field(default=3.0, ge=0, le=60)
+    """How long to go on serving after health says NOT_SERVING, so that balancers
+    notice; longer than their health-check interval."""
+
+    grace_seconds: float = Field(default=10.0, ge=0, le=300)
+    """How long what is in flight may take to finish after that."""
+
+    concurrency_max: int = Field(default=256, ge=1)
+    """Calls handled at once; more are answered RESOURCE_EXHAUSTED."""
+
+    @model_validator(mode="after")
+    def _tls_or_insecure(self) -> ServiceSettings:
+        given = [value is not None for value in (self.tls_cert, self.tls_key, self.tls_ca)]
+        if any(given) and not all(given):
+            raise ValueError("MESH_TLS_CERT, MESH_TLS_KEY and MESH_TLS_CA go together")
+        if not any(given) and not self.insecure:
+            raise ValueError(
+                "set MESH_TLS_CERT, MESH_TLS_KEY and MESH_TLS_CA, or MESH_INSECURE=true in a test"
+            )
+        return self
+
+    @cached_property
+    def merchants_by_id(self) -> dict[str, Merchant]:
+        """The merchants of the file, by id.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is malformed, or names a merchant twice.
+        """
+        listed = _MerchantsFile.model_validate(json.loads(self.merchants.read_text()))
+        by_id = {merchant.id: merchant for merchant in listed.merchants}
+        if len(by_id) != len(listed.merchants):
+            raise ValueError(f"{self.merchants} names a merchant twice")
+        return by_id
+
+
+class DatabaseSettings(ServiceSettings):
+    """The settings of a service that has a database of its own."""
+
+    database_url: SecretStr
+    """The service's own database, `postgresql://role:password@host:port/database`."""
+
+    database_pool_max: int = Field(default=10, ge=1, le=200)
+    """Connections to the database at the most."""
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must begin with postgresql://")
+        return value
