@@ -43,6 +43,7 @@ lint: setup-dev ## Python: lint and format
 
 types: setup-dev ## Python: types, strictly
 	@$(BIN)/mypy .
+	@cd envoy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache/envoy *.py
 
 imports: setup-dev ## Python: who may import whom (.importlinter)
 	@out=$$($(BIN)/lint-imports --no-color 2>&1) || { echo "$$out"; exit 1; }

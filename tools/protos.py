@@ -30,6 +30,12 @@ VALIDATE = "buf/validate/validate.proto"
 ERROR_DETAILS = "google/rpc/error_details.proto"
 """No proto of ours imports it, but Envoy needs it to write a status's details as JSON."""
 
+STATUS = ("google/rpc/code.proto", "google/rpc/status.proto")
+"""What gRPC puts on the wire when a call fails; no proto of ours imports it either."""
+
+TYPINGS = "typings"
+"""The folder in generated/ with type stubs of google.api and google.rpc: their package has none."""
+
 DESCRIPTOR_SET = "ordermesh.binpb"
 """The file in generated/ that Envoy's transcoder, `buf curl` and the next release's check read."""
 
@@ -115,13 +121,21 @@ def generate(into: Path) -> None:
     with_services = [file.name for file in described.file if file.service and file.name in protos]
     if with_services:
         protoc([f"--grpc_python_out={into}", f"--mypy_grpc_out=quiet:{into}"], with_services)
+    typings = into / TYPINGS
+    typings.mkdir()
+    untyped = {
+        file.name
+        for file in described.file
+        if file.name.startswith("google/") and not file.name.startswith("google/protobuf/")
+    }
+    protoc([f"--mypy_out=quiet:{typings}"], sorted({*untyped, *STATUS}))
 
 
 def files_of(folder: Path) -> set[Path]:
     """Every generated file under `folder`, relative to it."""
     return {
         path.relative_to(folder)
-        for pattern in ("buf/**/*", "ordermesh/**/*", DESCRIPTOR_SET)
+        for pattern in ("buf/**/*", "ordermesh/**/*", f"{TYPINGS}/**/*", DESCRIPTOR_SET)
         for path in folder.glob(pattern)
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -10,6 +10,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Two at once would undo each other's work; the second waits, then finds nothing to do.
+if command -v flock >/dev/null; then
+    exec 9<"tools/setup.sh"
+    flock 9
+fi
+
 readonly wanted=${1:?runtime or dev}
 readonly root=$PWD venv=$PWD/.venv
 readonly python=$venv/bin/python
