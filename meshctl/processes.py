@@ -80,6 +80,8 @@ class Command:
     """Prefix that changes the user, for servers that refuse to run as root."""
     stop_signal: signal.Signals = signal.SIGTERM
     """Asks for an orderly end."""
+    hurry_signal: signal.Signals = signal.SIGKILL
+    """Asks for an end at once, orderly or not."""
     death_signal: signal.Signals = signal.SIGKILL
     """Sent by the kernel when meshctl dies."""
     grace_seconds: float = 5.0
@@ -226,6 +228,17 @@ def base_environment() -> dict[str, str]:
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment.setdefault("PATH", os.defpath)
     return environment
+
+
+def import_roots() -> str:
+    """Answers the PYTHONPATH by which a child imports the same code as we do."""
+    root = checkout()
+    return os.pathsep.join([str(root), str(root / "generated")])
+
+
+def checkout() -> Path:
+    """Answers the folder that holds the services, the edge's template and the contracts."""
+    return Path(__file__).resolve().parents[1]
 
 
 def exit_words(code: int) -> str:

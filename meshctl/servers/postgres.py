@@ -143,6 +143,7 @@ class Postgres:
             log=self.folder / "postgres.log",
             identity=self._identity().prefix,
             stop_signal=signal.SIGINT,
+            hurry_signal=signal.SIGQUIT,
             death_signal=signal.SIGINT,
             grace_seconds=8.0,
         )
