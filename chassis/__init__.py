@@ -1,1 +1,1 @@
-"""How any service of ordermesh runs; a fifth service, unrelated to orders, would use it unchanged."""
+"""How any service runs; a fifth one, unrelated to orders, would use it unchanged."""

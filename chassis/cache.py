@@ -96,7 +96,7 @@ class Cache:
             return None
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                raw: bytes | None = await self._redis.get(self._prefix + key)
+                raw: Any = await self._redis.get(self._prefix + key)
         except (RedisError, OSError, TimeoutError) as error:
             self._leave_alone(error)
             return None

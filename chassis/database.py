@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -83,7 +83,7 @@ class Statement:
         )
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[type-arg]
+class _Connection(asyncpg.Connection):
     """A connection that goes back to the pool without asking the server to reset it.
 
     Nothing here sets session state outside of transactions, so the reset that
@@ -184,7 +184,10 @@ class Database:
         try:
             connection = await self._pool.acquire(timeout=CHECKOUT_SECONDS)
         except TimeoutError:
-            if self._pool.get_idle_size() == 0 and self._pool.get_size() >= self._pool.get_max_size():
+            if (
+                self._pool.get_idle_size() == 0
+                and self._pool.get_size() >= self._pool.get_max_size()
+            ):
                 raise OverloadedError(
                     "OVERLOADED", "every database connection is in use", retry_after_seconds=0.2
                 ) from None
@@ -247,5 +250,3 @@ def database_name(url: str) -> str:
     """The database that a URL names, for messages: never its password."""
     parts = urlsplit(url)
     return f"{parts.path.lstrip('/')} at {parts.hostname}:{parts.port}"
-
-

@@ -112,4 +112,3 @@ class EventTypes:
             )
         except (DecodeError, ValueError) as error:
             raise InvalidInputError("INVALID_FIELD", f"not an event envelope: {error}") from error
-

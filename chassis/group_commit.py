@@ -79,7 +79,7 @@ class GroupCommit(Generic[J, R]):
     async def _flush_all(self) -> None:
         try:
             while self._waiting:
-                batch = []
+                batch: list[tuple[J, asyncio.Future[R]]] = []
                 while self._waiting and len(batch) < self._batch_max:
                     waiting = self._waiting.popleft()
                     if not waiting[1].done():  # else its caller has given up
@@ -97,7 +97,7 @@ class GroupCommit(Generic[J, R]):
             # Running each job alone would only wait for the same outage again.
             for _, done in batch:
                 _fail(done, error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - each job hears of its own
             if len(batch) == 1:
                 _fail(batch[0][1], error)
                 return

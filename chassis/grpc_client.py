@@ -8,12 +8,17 @@ the hop needs, and so do its correlation id and its merchant.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from chassis.context import current
 from chassis.settings import ServiceSettings
+
+if TYPE_CHECKING:
+    _UnaryInterceptor = grpc.aio.UnaryUnaryClientInterceptor[Any, Any]
+else:
+    _UnaryInterceptor = grpc.aio.UnaryUnaryClientInterceptor
 
 
 def channel_to_mesh(settings: ServiceSettings) -> grpc.aio.Channel:
@@ -29,7 +34,7 @@ def channel_to_mesh(settings: ServiceSettings) -> grpc.aio.Channel:
         # A service that was away must not be waited for longer than it was away.
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-    interceptors = [_CarryContext()]
+    interceptors: Any = [_CarryContext()]
     if settings.tls_cert is None or settings.tls_key is None or settings.tls_ca is None:
         return grpc.aio.insecure_channel(
             settings.internal_address, options=options[1:], interceptors=interceptors
@@ -42,7 +47,7 @@ def channel_to_mesh(settings: ServiceSettings) -> grpc.aio.Channel:
     )
 
 
-class _CarryContext(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+class _CarryContext(_UnaryInterceptor):
     async def intercept_unary_unary(
         self,
         continuation: Callable[[Any, Any], Any],
@@ -53,7 +58,7 @@ class _CarryContext(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
         metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()))
         if context.correlation_id:
             metadata.add("x-correlation-id", context.correlation_id)
-        if context.traceparent and "traceparent" not in metadata:
+        if context.traceparent and metadata.get("traceparent") is None:
             metadata.add("traceparent", context.traceparent)
         if context.caller is not None and context.caller.merchant:
             metadata.add("x-mesh-merchant", context.caller.merchant)

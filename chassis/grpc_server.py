@@ -14,14 +14,13 @@ import pkgutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import protovalidate
 import structlog
 from google.api import field_behavior_pb2
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
@@ -64,7 +63,13 @@ _SHED = Counter("mesh_grpc_server_shed_total", "Calls refused because too many w
 
 _validator = protovalidate.Validator()
 
-Servicer = Callable[[ProtoMessage, Any], Awaitable[Any]]
+Servicer = Callable[[Any, Any], Awaitable[Any]]
+
+if TYPE_CHECKING:
+    _MethodHandler = grpc.RpcMethodHandler[Any, Any]
+    _ServerInterceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _ServerInterceptor = grpc.aio.ServerInterceptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ class _RequestShape:
     resource_field: str
 
     @classmethod
-    def of(cls, descriptor: Descriptor) -> _RequestShape:
+    def of(cls, descriptor: Any) -> _RequestShape:
         field = descriptor.fields_by_name.get("request_id")
         behaviors = (
             field.GetOptions().Extensions[field_behavior_pb2.field_behavior] if field else ()
@@ -89,7 +94,7 @@ class _RequestShape:
         )
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class CallInterceptor(_ServerInterceptor):
     """Wraps every unary call of the ordermesh services; leaves others as they are.
 
     Args:
@@ -112,14 +117,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._insecure = insecure
         self._concurrency_max = concurrency_max
         self._in_flight = 0
-        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
-        self._shapes: dict[Descriptor, _RequestShape] = {}
+        self._wrapped: dict[str, _MethodHandler] = {}
+        self._shapes: dict[Any, _RequestShape] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_MethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> _MethodHandler:
         """Answers the wrapped handler of the called method."""
         method: str = handler_call_details.method
         if (known := self._wrapped.get(method)) is not None:
@@ -164,7 +169,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 _SECONDS.labels(method, "CANCELLED").observe(time.perf_counter() - begun)
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - hidden from the caller, kept in the log
                 _SECONDS.labels(method, "INTERNAL").observe(time.perf_counter() - begun)
                 with entered(call):
                     _log.error(method, status="INTERNAL", exc_info=error)
@@ -305,7 +310,7 @@ def _check_fields(request: ProtoMessage) -> None:
     if not violations:
         return
     found = [
-        FieldViolation(_path_of(violation), violation.message or "is not valid")
+        FieldViolation(_path_of(violation), violation.proto.message or "is not valid")
         for violation in violations
     ]
     raise InvalidInputError(
@@ -318,7 +323,8 @@ def _check_fields(request: ProtoMessage) -> None:
 
 def _path_of(violation: Violation) -> str:
     path = ""
-    for element in violation.proto.field.elements:
+    field = violation.proto.field
+    for element in field.elements if field is not None else ():
         path += f".{element.field_name}" if path else element.field_name
         subscript = element.subscript
         if subscript is not None:
@@ -335,7 +341,7 @@ def _too_late() -> DeadlineError:
     )
 
 
-async def _abort(context: Any, error: ServiceError) -> None:
+async def _abort(context: Any, error: ServiceError) -> NoReturn:
     details: list[ProtoMessage] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     ]
@@ -346,7 +352,7 @@ async def _abort(context: Any, error: ServiceError) -> None:
                     error_details_pb2.BadRequest.FieldViolation(
                         field=violation.field,
                         description=violation.description,
-                        reason=violation.reason,
+                        reason=violation.reason,  # type: ignore[call-arg]
                     )
                     for violation in error.violations
                 ]
@@ -379,6 +385,7 @@ async def _abort(context: Any, error: ServiceError) -> None:
     status = status_pb2.Status(code=code.value[0], message=error.message, details=packed)
     trailing.append(("grpc-status-details-bin", status.SerializeToString()))
     await context.abort(code, error.message, trailing_metadata=tuple(trailing))
+    raise AssertionError("abort always raises")
 
 
 Registrations = Sequence[tuple[str, Callable[[grpc.aio.Server], None]]]
@@ -398,9 +405,9 @@ class GrpcServer:
 
     async def report(self, *, serving: bool) -> None:
         """Tells health checks whether to send calls here."""
-        status = health_pb2.HealthCheckResponse.ServingStatus
+        answer = health_pb2.HealthCheckResponse
         for name in ("", *self._names):
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+            await self._health.set(name, answer.SERVING if serving else answer.NOT_SERVING)
 
     async def stop(self, grace_seconds: float) -> None:
         """Takes no more calls and waits for those in flight; then cancels what is left."""
@@ -421,7 +428,11 @@ async def serving(
     if settings.otlp_endpoint:
         from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-        interceptors.append(aio_server_interceptor(filter_=filters.negate(filters.health_check())))
+        interceptors.append(
+            aio_server_interceptor(  # type: ignore[no-untyped-call]
+                filter_=filters.negate(filters.health_check())  # type: ignore[no-untyped-call]
+            )
+        )
     interceptors.append(
         CallInterceptor(
             merchants=settings.merchants_by_id.keys(),
@@ -485,7 +496,8 @@ def _listen(server: grpc.aio.Server, settings: ServiceSettings) -> int:
 
 def _public_services() -> dict[str, Any]:
     """Descriptors of all public services, whoever serves them: reflection at the edge
-    asks any one service for all."""
+    asks any one service for all.
+    """
     found: dict[str, Any] = {}
     for module in pkgutil.walk_packages(ordermesh.__path__, "ordermesh."):
         if module.name.endswith("_service_pb2"):
@@ -499,4 +511,3 @@ def _warm_up(service: Any) -> None:
     """Compiles the rules of each request now, not while the first caller waits."""
     for method in service.methods:
         _validator.collect_violations(GetMessageClass(method.input_type)())
-

@@ -26,7 +26,9 @@ from chassis.events import Event, EventTypes
 RETENTION_DAYS = 14
 
 _log = structlog.get_logger("inbox")
-_EVENTS = Counter("mesh_inbox_events_total", "Events consumed, by outcome.", ["consumer", "outcome"])
+_EVENTS = Counter(
+    "mesh_inbox_events_total", "Events consumed, by outcome.", ["consumer", "outcome"]
+)
 
 
 def inbox_table(metadata: sa.MetaData) -> sa.Table:
@@ -155,7 +157,7 @@ class EventConsumer:
             # One by one they would meet the same outage again.
             _log.warning("events.retried", consumer=consumer, reason=error.reason)
             return {position: Retry(error.reason) for position, _ in events}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the broker's verdict says what becomes of it
             if len(events) == 1:
                 position, event = events[0]
                 return {position: self._refused(error, str(event.event_id), event.type)}

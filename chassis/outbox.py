@@ -91,9 +91,7 @@ def outbox_table(metadata: sa.MetaData) -> sa.Table:
         table.c.aggregate_version,
         postgresql_where=table.c.sent_time.is_(None),
     )
-    sa.Index(
-        "outbox_sent", table.c.sent_time, postgresql_where=table.c.sent_time.is_not(None)
-    )
+    sa.Index("outbox_sent", table.c.sent_time, postgresql_where=table.c.sent_time.is_not(None))
     return table
 
 
@@ -205,8 +203,9 @@ class Outbox:
             return []
         claim = self._new_id() if self.relay.running else None
         bodies = [event.encoded() for event in events]
-        seen: set[str] = set()
-        first = [not (event.aggregate in seen or seen.add(event.aggregate)) for event in events]
+        # Of one aggregate's events only the first may go out at once.
+        heads = {event.aggregate: event.event_id for event in reversed(events)}
+        first = [heads[event.aggregate] == event.event_id for event in events]
         returned = await connection.fetch(
             _STAGE,
             [event.event_id for event in events],
@@ -313,9 +312,7 @@ async def _settle(
     sent = [row.event_id for row, outcome in settled if outcome is PublishOutcome.CONFIRMED]
     if sent:
         await connection.execute(_SENT, sent, claim)
-    failed = [
-        (row, outcome) for row, outcome in settled if outcome is not PublishOutcome.CONFIRMED
-    ]
+    failed = [(row, outcome) for row, outcome in settled if outcome is not PublishOutcome.CONFIRMED]
     if failed:
         _log.warning(
             "publish.failed",

@@ -98,7 +98,7 @@ def main(
         settings = settings_type()
         merchants = settings.merchants_by_id
     except (ValidationError, ValueError, OSError) as error:
-        print(f"{service}: the environment is not right:\n{error}", file=sys.stderr)
+        sys.stderr.write(f"{service}: the environment is not right:\n{error}\n")
         return 2
     configure_logs(settings, service)
     flush_spans = configure_tracing(settings, service)
@@ -116,7 +116,7 @@ def main(
         uvloop.run(run())
     except KeyboardInterrupt:
         return 130
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the last line of a process's log
         _log.error("failed", exc_info=error)
         return 1
     finally:
@@ -211,7 +211,7 @@ async def _keep_checking(
                 async with asyncio.timeout(CHECK_SECONDS):
                     await check()
             except (ServiceError, OSError, TimeoutError) as error:
-                failed = f"{name}: {error or type(error).__name__}"
+                failed = f"{name}: {type(error).__name__}: {error}"
                 break
         if (failed is None) != ready:
             ready = failed is None

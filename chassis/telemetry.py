@@ -106,8 +106,8 @@ def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], N
     )
     trace.set_tracer_provider(provider)
     for instrumentor in (
-        GrpcAioInstrumentorClient(),
-        AsyncPGInstrumentor(),
+        GrpcAioInstrumentorClient(),  # type: ignore[no-untyped-call]
+        AsyncPGInstrumentor(),  # type: ignore[no-untyped-call]
         AioPikaInstrumentor(),
         RedisInstrumentor(),
     ):
@@ -165,5 +165,5 @@ class _Server(WSGIServer):
 class _QuietHandler(WSGIRequestHandler):
     timeout = 5
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name above
         return

@@ -9,6 +9,7 @@ was handed over, and polls for what nobody holds.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -111,10 +112,8 @@ class Worker(Generic[T]):
                     await asyncio.wait(self._rounds, return_when=asyncio.FIRST_COMPLETED)
                 if not self._backlog and (pause := next_poll - loop.time()) > 0:
                     self._wake.clear()
-                    try:
+                    with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._wake.wait(), pause)
-                    except TimeoutError:
-                        pass
         finally:
             self._running = False
             stopped.cancel()
@@ -145,7 +144,7 @@ class Worker(Generic[T]):
     async def _round(self, items: Sequence[T]) -> None:
         try:
             await self._perform(items)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the rows are claimed again later
             self._failed.inc()
             _log.warning(
                 "work.failed",

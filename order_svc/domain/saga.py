@@ -1,0 +1,255 @@
+"""The saga: what a fact means for an order, and nothing else decides it.
+
+`on(fact, order)` is the whole of it. It answers the order's next version, or None
+when the fact changes nothing: a repeat, or something that came too late to matter.
+Commands to the payment service travel as the announcements of a version
+(OrderCreated: charge; OrderCancellationRequested: void or refund, and charge no more),
+so committing the version is sending the command.
+
+| state            | fact                  | next             | money              |
+|------------------|-----------------------|------------------|--------------------|
+| AWAITING_PAYMENT | payment authorized    | CONFIRMED        | AUTHORIZED         |
+| AWAITING_PAYMENT | payment captured      | CONFIRMED        | PAID               |
+| AWAITING_PAYMENT | payment failed, voided| FAILED           | NONE               |
+| AWAITING_PAYMENT | cancellation asked    | CANCELLING       | as it is           |
+| CONFIRMED        | payment captured      | CONFIRMED        | PAID               |
+| CONFIRMED        | cancellation asked    | CANCELLING       | as it is           |
+| CONFIRMED, COMPLETED | refund succeeded  | as it is         | (PARTIALLY_)REFUNDED |
+| CANCELLING       | authorized, captured  | CANCELLING       | AUTHORIZED, PAID   |
+| CANCELLING       | failed, voided        | CANCELLED        | NONE               |
+| CANCELLING       | refunded in full      | CANCELLED        | REFUNDED           |
+| CANCELLING       | refund failed         | CANCELLING, needs attention | as it is |
+| final            | money moved           | as it is, needs attention | what is true |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from chassis.money import Money
+from order_svc.domain.order import (
+    TRANSITIONS,
+    Announcement,
+    Order,
+    OrderState,
+    PaymentState,
+    illegal_transition,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentAuthorized:
+    """The order's amount is reserved."""
+
+    payment: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentCaptured:
+    """The order's amount is taken."""
+
+    payment: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentFailed:
+    """Nothing was taken and nothing will be."""
+
+    payment: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaymentVoided:
+    """The reservation was let go, or the charge called off before it was made."""
+
+    payment: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefundSucceeded:
+    """Captured money is on its way back."""
+
+    payment: str
+    refunded_total: Money
+    captured_total: Money
+
+    @property
+    def payment_state(self) -> PaymentState:
+        """REFUNDED once everything is given back."""
+        return (
+            PaymentState.REFUNDED
+            if self.refunded_total >= self.captured_total
+            else PaymentState.PARTIALLY_REFUNDED
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefundFailed:
+    """The provider refused to give captured money back."""
+
+    payment: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancellationRequested:
+    """The caller wants the order undone."""
+
+    reason: str
+
+
+PaymentFact = (
+    PaymentAuthorized
+    | PaymentCaptured
+    | PaymentFailed
+    | PaymentVoided
+    | RefundSucceeded
+    | RefundFailed
+)
+Fact = PaymentFact | CancellationRequested
+
+
+def on(fact: Fact, order: Order, *, at: datetime) -> Order | None:
+    """The order's next version, or None when the fact changes nothing.
+
+    Raises:
+        RuleViolationError: A cancellation is asked for that the state does not allow.
+            Facts about money never raise: they have happened.
+    """
+    if isinstance(fact, CancellationRequested):
+        return _on_cancellation(fact, order, at)
+    if not TRANSITIONS[order.state]:
+        return _on_money_after_the_end(fact, order, at)
+    if order.state is OrderState.CANCELLING:
+        return _on_money_while_cancelling(fact, order, at)
+    return _on_money(fact, order, at)
+
+
+def _on_cancellation(fact: CancellationRequested, order: Order, at: datetime) -> Order | None:
+    if order.state in (OrderState.CANCELLING, OrderState.CANCELLED):
+        return None
+    if OrderState.CANCELLING not in TRANSITIONS[order.state]:
+        raise illegal_transition(order, OrderState.CANCELLING)
+    return order.changed(
+        Announcement.CANCELLATION_REQUESTED,
+        at=at,
+        state=OrderState.CANCELLING,
+        cancel_reason=fact.reason,
+    )
+
+
+def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
+    """AWAITING_PAYMENT and CONFIRMED."""
+    waiting = order.state is OrderState.AWAITING_PAYMENT
+    match fact:
+        case PaymentAuthorized() if waiting:
+            return order.changed(
+                Announcement.CONFIRMED,
+                at=at,
+                state=OrderState.CONFIRMED,
+                payment_state=PaymentState.AUTHORIZED,
+                payment=fact.payment,
+            )
+        case PaymentCaptured() if waiting:
+            return order.changed(
+                Announcement.CONFIRMED,
+                at=at,
+                state=OrderState.CONFIRMED,
+                payment_state=PaymentState.PAID,
+                payment=fact.payment,
+            )
+        case (PaymentFailed() | PaymentVoided()) if waiting:
+            return order.changed(
+                Announcement.FAILED,
+                at=at,
+                state=OrderState.FAILED,
+                payment_state=PaymentState.NONE,
+                payment=fact.payment,
+                failure_reason=fact.reason if isinstance(fact, PaymentFailed) else "voided",
+            )
+        case PaymentCaptured() if order.payment_state is PaymentState.AUTHORIZED:
+            return _recorded(order, fact, PaymentState.PAID, at)
+        case PaymentVoided() if order.payment_state is PaymentState.AUTHORIZED:
+            return _recorded(
+                order, fact, PaymentState.NONE, at, attention="authorization voided"
+            )
+        case RefundSucceeded() if fact.payment_state is not order.payment_state:
+            return _recorded(order, fact, fact.payment_state, at)
+        case RefundFailed():
+            return _recorded(
+                order, fact, order.payment_state, at, attention=f"refund failed: {fact.reason}"
+            )
+        case _:
+            return None
+
+
+def _on_money_while_cancelling(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
+    match fact:
+        case PaymentFailed() | PaymentVoided():
+            return _cancelled(order, fact, PaymentState.NONE, at)
+        case RefundSucceeded() if fact.payment_state is PaymentState.REFUNDED:
+            return _cancelled(order, fact, PaymentState.REFUNDED, at)
+        case RefundSucceeded() if fact.payment_state is not order.payment_state:
+            return _recorded(order, fact, fact.payment_state, at)
+        case RefundFailed():
+            return _recorded(
+                order, fact, order.payment_state, at, attention=f"refund failed: {fact.reason}"
+            )
+        case PaymentCaptured() if order.payment_state in (
+            PaymentState.NONE,
+            PaymentState.AUTHORIZED,
+        ):
+            return _recorded(order, fact, PaymentState.PAID, at)
+        case PaymentAuthorized() if order.payment_state is PaymentState.NONE:
+            return _recorded(order, fact, PaymentState.AUTHORIZED, at)
+        case _:
+            return None
+
+
+def _on_money_after_the_end(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
+    """The order's state stays; what happened to the money is recorded, and a capture
+    that nobody waits for any more is brought to a person's attention.
+    """
+    match fact:
+        case PaymentCaptured() | PaymentAuthorized() if (
+            order.state is not OrderState.COMPLETED
+            and order.payment_state is PaymentState.NONE
+        ):
+            money = (
+                PaymentState.PAID if isinstance(fact, PaymentCaptured) else PaymentState.AUTHORIZED
+            )
+            return _recorded(
+                order, fact, money, at, attention=f"money taken after {order.state.name}"
+            )
+        case RefundSucceeded() if fact.payment_state is not order.payment_state:
+            return _recorded(order, fact, fact.payment_state, at)
+        case RefundFailed():
+            return _recorded(
+                order, fact, order.payment_state, at, attention=f"refund failed: {fact.reason}"
+            )
+        case _:
+            return None
+
+
+def _cancelled(order: Order, fact: PaymentFact, money: PaymentState, at: datetime) -> Order:
+    return order.changed(
+        Announcement.CANCELLED,
+        at=at,
+        state=OrderState.CANCELLED,
+        payment_state=money,
+        payment=fact.payment,
+    )
+
+
+def _recorded(
+    order: Order, fact: PaymentFact, money: PaymentState, at: datetime, attention: str = ""
+) -> Order:
+    return order.changed(
+        Announcement.PAYMENT_RECORDED,
+        at=at,
+        payment_state=money,
+        payment=fact.payment,
+        attention_reason=attention,
+    )
