@@ -1,0 +1,1 @@
+"""The tests: unit, suites, integration, component, contract, e2e and chaos."""

@@ -1,0 +1,51 @@
+"""What holds for every test: a clean environment, and nothing left running behind it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+
+LEAVE_SECONDS = 10
+"""How long a process that its test has told to stop may take after the last test."""
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides a developer's own mesh and proxies, so that a test says all that it depends on."""
+    for name in list(os.environ):
+        if name.startswith(("MESH_", "OTEL_", "RABBITMQ_", "PG")) or name.lower().endswith(
+            "_proxy"
+        ):
+            monkeypatch.delenv(name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs RabbitMQ where it is not installed; never in CI, which installs it."""
+    if RABBITMQ_SERVER.exists() or os.environ.get("CI"):
+        return
+    reason = "rabbitmq-server is not installed; `make test-servers` installs it"
+    for item in items:
+        if item.get_closest_marker("rabbitmq"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """Fails the run, and ends them, when tests leave processes behind."""
+    yield
+    children = psutil.Process().children(recursive=True)
+    _, running = psutil.wait_procs(children, timeout=LEAVE_SECONDS if children else 0)
+    left = [process for process in running if process.status() != psutil.STATUS_ZOMBIE]
+    if not left:
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for process in left:
+        if reporter is not None:
+            command = " ".join(process.cmdline()) or process.name()
+            reporter.write_line(f"left running: {process.pid} {command}", red=True)
+        process.kill()
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
