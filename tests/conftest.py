@@ -9,6 +9,9 @@ import pytest
 
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
+MARK = "ORDERMESH_TEST_RUN"
+"""The variable by which processes started by one run of the tests know each other."""
+
 LEAVE_SECONDS = 10
 """How long a process that its test has told to stop may take after the last test."""
 
@@ -33,12 +36,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_configure() -> None:
+    """Marks every process that tests start, by way of the environment they inherit."""
+    os.environ[MARK] = str(os.getpid())
+
+
+def _started_by_us() -> list[psutil.Process]:
+    """The tests' processes that run still, those that lost their parent among them."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            marked = process.environ().get(MARK) == os.environ[MARK]
+            if marked and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it ended just now, or is nobody's business here
+    return found
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Fails the run, and ends them, when tests leave processes behind."""
     yield
-    children = psutil.Process().children(recursive=True)
-    _, running = psutil.wait_procs(children, timeout=LEAVE_SECONDS if children else 0)
+    started = _started_by_us()
+    _, running = psutil.wait_procs(started, timeout=LEAVE_SECONDS if started else 0)
     left = [process for process in running if process.status() != psutil.STATUS_ZOMBIE]
     if not left:
         return
@@ -46,6 +67,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     for process in left:
         if reporter is not None:
             command = " ".join(process.cmdline()) or process.name()
+            reporter.ensure_newline()
             reporter.write_line(f"left running: {process.pid} {command}", red=True)
         process.kill()
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
