@@ -32,7 +32,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -45,8 +44,6 @@ DELIVERY_LIMIT_EXCEEDED: Final = "DeliveryLimitExceeded"
 
 RETRIES_EXHAUSTED: Final = "RetriesExhausted"
 """Error class of a dead letter whose handler asked for one retry more than there are tiers."""
-
-_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +61,7 @@ class Message:
     """Full protobuf name of the event: the routing key."""
     body: bytes
     """Serialized `ordermesh.common.v1.EventEnvelope`, at most `Limits.body_bytes_max`."""
-    headers: Mapping[str, str] = field(default=_NO_HEADERS)
+    headers: Mapping[str, str] = field(default_factory=dict)
     """content-type, correlation-id, traceparent, ce-* attributes."""
     attempt: int = 0
     """How often a consumer has asked for a retry of it so far."""
