@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
+from uuid import UUID
 
 from chassis.errors import UnauthenticatedError
 
@@ -50,6 +52,30 @@ class CallContext:
         """The trace id within `traceparent`, empty where nothing is traced."""
         parts = self.traceparent.split("-")
         return parts[1] if len(parts) == 4 else ""
+
+
+class Cause(Protocol):
+    """The event that led to something, as far as its records need to know it."""
+
+    @property
+    def event_id(self) -> UUID:
+        """Unique for ever."""
+        ...
+
+    @property
+    def aggregate(self) -> str:
+        """Resource name of what changed."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """Counts the aggregate's events from 1."""
+        ...
+
+    @property
+    def context(self) -> CallContext:
+        """The context in which what the event sets off is handled."""
+        ...
 
 
 _NOBODY = CallContext()

@@ -8,17 +8,12 @@ the hop needs, and so do its correlation id and its merchant.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
 from chassis.context import current
 from chassis.settings import ServiceSettings
-
-if TYPE_CHECKING:
-    _UnaryInterceptor = grpc.aio.UnaryUnaryClientInterceptor[Any, Any]
-else:
-    _UnaryInterceptor = grpc.aio.UnaryUnaryClientInterceptor
 
 
 def channel_to_mesh(settings: ServiceSettings) -> grpc.aio.Channel:
@@ -47,7 +42,7 @@ def channel_to_mesh(settings: ServiceSettings) -> grpc.aio.Channel:
     )
 
 
-class _CarryContext(_UnaryInterceptor):
+class _CarryContext(grpc.aio.UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self,
         continuation: Callable[[Any, Any], Any],

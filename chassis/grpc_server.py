@@ -67,9 +67,6 @@ Servicer = Callable[[Any, Any], Awaitable[Any]]
 
 if TYPE_CHECKING:
     _MethodHandler = grpc.RpcMethodHandler[Any, Any]
-    _ServerInterceptor = grpc.aio.ServerInterceptor[Any, Any]
-else:
-    _ServerInterceptor = grpc.aio.ServerInterceptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +91,7 @@ class _RequestShape:
         )
 
 
-class CallInterceptor(_ServerInterceptor):
+class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every unary call of the ordermesh services; leaves others as they are.
 
     Args:
@@ -122,9 +119,9 @@ class CallInterceptor(_ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_MethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_MethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> _MethodHandler:
+    ) -> _MethodHandler | None:
         """Answers the wrapped handler of the called method."""
         method: str = handler_call_details.method
         if (known := self._wrapped.get(method)) is not None:
@@ -352,7 +349,7 @@ async def _abort(context: Any, error: ServiceError) -> NoReturn:
                     error_details_pb2.BadRequest.FieldViolation(
                         field=violation.field,
                         description=violation.description,
-                        reason=violation.reason,  # type: ignore[call-arg]
+                        reason=violation.reason,
                     )
                     for violation in error.violations
                 ]
@@ -428,11 +425,7 @@ async def serving(
     if settings.otlp_endpoint:
         from opentelemetry.instrumentation.grpc import aio_server_interceptor, filters
 
-        interceptors.append(
-            aio_server_interceptor(  # type: ignore[no-untyped-call]
-                filter_=filters.negate(filters.health_check())  # type: ignore[no-untyped-call]
-            )
-        )
+        interceptors.append(aio_server_interceptor(filter_=filters.negate(filters.health_check())))
     interceptors.append(
         CallInterceptor(
             merchants=settings.merchants_by_id.keys(),
@@ -495,9 +488,7 @@ def _listen(server: grpc.aio.Server, settings: ServiceSettings) -> int:
 
 
 def _public_services() -> dict[str, Any]:
-    """Descriptors of all public services, whoever serves them: reflection at the edge
-    asks any one service for all.
-    """
+    """Every public service, whoever serves it: reflection asks any one of them for all."""
     found: dict[str, Any] = {}
     for module in pkgutil.walk_packages(ordermesh.__path__, "ordermesh."):
         if module.name.endswith("_service_pb2"):

@@ -23,6 +23,7 @@ from sqlalchemy.dialects.postgresql import UUID as PgUuid
 
 from chassis.database import AnyConnection, Database
 from chassis.errors import InvalidInputError
+from chassis.request_key import Replay, RequestKey
 
 EXPIRY_HOURS = 72
 
@@ -42,31 +43,6 @@ def request_table(metadata: sa.MetaData) -> sa.Table:
     )
     sa.Index("requests_expiry", table.c.expire_time, postgresql_using="brin")
     return table
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestKey:
-    """What makes two requests the same one: merchant, method and id, never the id alone.
-
-    `fingerprint` tells an honest repeat from a reused id.
-    """
-
-    merchant: str
-    method: str
-    request_id: UUID
-    fingerprint: bytes
-
-    @property
-    def identity(self) -> tuple[str, str, UUID]:
-        """The key under which the ledger keeps the request."""
-        return (self.merchant, self.method, self.request_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """The request was answered before; `answer` is that answer, to the byte."""
-
-    answer: bytes
 
 
 def fingerprint_of(request: ProtoMessage) -> bytes:
@@ -118,7 +94,12 @@ JOIN unnest($1::text[], $2::text[], $3::uuid[]) AS n(merchant, method, request_i
 WHERE expire_time >= now()
 """
 
-_FORGET = "DELETE FROM requests WHERE resource_id = ANY($1::uuid[])"
+_FORGET = """
+DELETE FROM requests USING unnest($1::text[], $2::text[], $3::uuid[])
+    AS n(merchant, method, request_id)
+WHERE requests.merchant = n.merchant AND requests.method = n.method
+  AND requests.request_id = n.request_id
+"""
 
 _DROP_EXPIRED = """
 DELETE FROM requests WHERE (merchant, method, request_id) IN (
@@ -195,9 +176,14 @@ async def find(connection: AnyConnection, key: RequestKey) -> Replay | None:
     return answered
 
 
-async def forget(connection: AnyConnection, resource_ids: Sequence[UUID]) -> None:
-    """Takes entries back whose effect turned out to be refused, in the same transaction."""
-    await connection.execute(_FORGET, list(resource_ids))
+async def forget(connection: AnyConnection, keys: Sequence[RequestKey]) -> None:
+    """Takes requests back whose effect turned out to be refused, in the same transaction."""
+    await connection.execute(
+        _FORGET,
+        [key.merchant for key in keys],
+        [key.method for key in keys],
+        [key.request_id for key in keys],
+    )
 
 
 async def drop_expired(database: Database) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -18,12 +19,14 @@ from prometheus_client import Counter
 from sqlalchemy.dialects.postgresql import UUID as PgUuid
 
 from chassis.broker import Ack, Broker, DeadLetter, Delivery, Retry, Subscription, Verdict
-from chassis.context import entered
+from chassis.context import Cause, entered
 from chassis.database import AnyConnection, Database
 from chassis.errors import ConflictError, ServiceError, UnavailableError
 from chassis.events import Event, EventTypes
 
 RETENTION_DAYS = 14
+
+C = TypeVar("C", bound=Cause)
 
 _log = structlog.get_logger("inbox")
 _EVENTS = Counter(
@@ -67,9 +70,7 @@ DELETE FROM inbox WHERE (consumer, event_id) IN (
 """
 
 
-async def first_seen(
-    connection: AnyConnection, consumer: str, events: Sequence[Event]
-) -> list[Event]:
+async def first_seen(connection: AnyConnection, consumer: str, events: Sequence[C]) -> list[C]:
     """Records events in the inbox and answers those that had not been there.
 
     Waits for a concurrent transaction that is recording the same event. An event

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from alembic import command, context
+from alembic import command, context, op
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
@@ -63,3 +63,72 @@ def run_environment(target_metadata: Any = None) -> None:
     connection = context.config.attributes["connection"]
     context.configure(connection=connection, target_metadata=target_metadata)
     context.run_migrations()
+
+
+def create_outbox_v1() -> None:
+    """Frozen: the outbox as of the first release (`chassis.outbox.outbox_table`)."""
+    op.execute(
+        """
+        CREATE TABLE outbox (
+            event_id uuid PRIMARY KEY,
+            merchant text NOT NULL,
+            aggregate text NOT NULL,
+            aggregate_version bigint NOT NULL,
+            type text NOT NULL,
+            body bytea NOT NULL,
+            correlation_id text NOT NULL,
+            traceparent text NOT NULL,
+            create_time timestamptz NOT NULL DEFAULT now(),
+            claim uuid,
+            claimed_until timestamptz,
+            attempts integer NOT NULL DEFAULT 0,
+            next_attempt_time timestamptz NOT NULL DEFAULT now(),
+            last_outcome text,
+            sent_time timestamptz,
+            park_time timestamptz,
+            CONSTRAINT outbox_version UNIQUE (aggregate, aggregate_version)
+        ) WITH (autovacuum_vacuum_scale_factor = 0.01,
+                autovacuum_vacuum_insert_scale_factor = 0.05)
+        """
+    )
+    op.execute(
+        "CREATE INDEX outbox_unsent ON outbox (aggregate, aggregate_version)"
+        " WHERE sent_time IS NULL"
+    )
+    op.execute("CREATE INDEX outbox_sent ON outbox (sent_time) WHERE sent_time IS NOT NULL")
+
+
+def create_inbox_v1() -> None:
+    """Frozen: the inbox as of the first release (`chassis.inbox.inbox_table`)."""
+    op.execute(
+        """
+        CREATE TABLE inbox (
+            consumer text,
+            event_id uuid,
+            aggregate text NOT NULL,
+            aggregate_version bigint NOT NULL,
+            receive_time timestamptz NOT NULL DEFAULT now(),
+            PRIMARY KEY (consumer, event_id)
+        ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05)
+        """
+    )
+    op.execute("CREATE INDEX inbox_received ON inbox USING brin (receive_time)")
+
+
+def create_requests_v1() -> None:
+    """Frozen: the ledger as of the first release (`chassis.idempotency.request_table`)."""
+    op.execute(
+        """
+        CREATE TABLE requests (
+            merchant text,
+            method text,
+            request_id uuid,
+            fingerprint bytea NOT NULL,
+            resource_id uuid NOT NULL,
+            answer bytea NOT NULL,
+            expire_time timestamptz NOT NULL,
+            PRIMARY KEY (merchant, method, request_id)
+        )
+        """
+    )
+    op.execute("CREATE INDEX requests_expiry ON requests USING brin (expire_time)")

@@ -106,8 +106,8 @@ def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], N
     )
     trace.set_tracer_provider(provider)
     for instrumentor in (
-        GrpcAioInstrumentorClient(),  # type: ignore[no-untyped-call]
-        AsyncPGInstrumentor(),  # type: ignore[no-untyped-call]
+        GrpcAioInstrumentorClient(),
+        AsyncPGInstrumentor(),
         AioPikaInstrumentor(),
         RedisInstrumentor(),
     ):

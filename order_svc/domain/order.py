@@ -367,4 +367,3 @@ def illegal_transition(order: Order, target: OrderState) -> RuleViolationError:
             "requested": target.name,
         },
     )
-

@@ -160,7 +160,7 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
                 payment_state=PaymentState.PAID,
                 payment=fact.payment,
             )
-        case (PaymentFailed() | PaymentVoided()) if waiting:
+        case PaymentFailed() | PaymentVoided() if waiting:
             return order.changed(
                 Announcement.FAILED,
                 at=at,
@@ -172,9 +172,7 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
         case PaymentCaptured() if order.payment_state is PaymentState.AUTHORIZED:
             return _recorded(order, fact, PaymentState.PAID, at)
         case PaymentVoided() if order.payment_state is PaymentState.AUTHORIZED:
-            return _recorded(
-                order, fact, PaymentState.NONE, at, attention="authorization voided"
-            )
+            return _recorded(order, fact, PaymentState.NONE, at, attention="authorization voided")
         case RefundSucceeded() if fact.payment_state is not order.payment_state:
             return _recorded(order, fact, fact.payment_state, at)
         case RefundFailed():
@@ -209,13 +207,10 @@ def _on_money_while_cancelling(fact: PaymentFact, order: Order, at: datetime) ->
 
 
 def _on_money_after_the_end(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
-    """The order's state stays; what happened to the money is recorded, and a capture
-    that nobody waits for any more is brought to a person's attention.
-    """
+    """The state stays and the money is recorded; a capture nobody waits for needs attention."""
     match fact:
         case PaymentCaptured() | PaymentAuthorized() if (
-            order.state is not OrderState.COMPLETED
-            and order.payment_state is PaymentState.NONE
+            order.state is not OrderState.COMPLETED and order.payment_state is PaymentState.NONE
         ):
             money = (
                 PaymentState.PAID if isinstance(fact, PaymentCaptured) else PaymentState.AUTHORIZED

@@ -1,0 +1,402 @@
+"""Orders in PostgreSQL.
+
+One transaction writes the order, its history, its read row, its event and the answer
+of the request that asked for it. Placements of concurrent callers share a transaction
+(`chassis.group_commit`), and so do the payment events of one batch; every statement
+writes all rows of its batch, in the order of their keys, so batches never deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+from chassis.cache import Cache, Versioned
+from chassis.context import CallContext, current
+from chassis.database import AnyConnection, Database
+from chassis.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+)
+from chassis.events import Event
+from chassis.group_commit import GroupCommit
+from chassis.idempotency import Entry, find, forget, record
+from chassis.ids import NewId
+from chassis.inbox import first_seen
+from chassis.outbox import Outbox, OutboxRow
+from chassis.request_key import Replay, RequestKey
+from order_svc.commands import Answer, PaymentReport, Placement, replayed
+from order_svc.domain.order import Order
+from order_svc.domain.saga import PaymentFact
+from order_svc.messages import (
+    UNANNOUNCED,
+    address_document,
+    announcement_type,
+    document_of,
+    event_of,
+    order_from_row,
+    order_resource,
+)
+
+CONSUMER = "order"
+
+_PLACE = """
+WITH given AS (
+    SELECT * FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[],
+                         $7::text[], $8::text[], $9::timestamptz[], $10::text[], $11::text[],
+                         $12::text[], $13::text[], $14::text[], $15::bytea[])
+    AS g(merchant, order_id, announcement, client_order_ref, document, state, payment_state,
+         fulfillment_state, create_time, customer_id, email, locale, shipping_address,
+         billing_address, resource)
+    ORDER BY merchant, order_id
+), placed AS (
+    INSERT INTO orders (merchant, order_id, version, announcement, client_order_ref, document,
+                        state, payment_state, fulfillment_state, payment, failure_reason,
+                        cancel_reason, attention_reason, create_time, update_time)
+    SELECT merchant, order_id, 1, announcement, client_order_ref, document::jsonb, state,
+           payment_state, fulfillment_state, '', '', '', '', create_time, create_time
+    FROM given
+    ON CONFLICT DO NOTHING RETURNING order_id
+), customers AS (
+    INSERT INTO order_customers (merchant, order_id, customer_id, email, locale,
+                                 shipping_address, billing_address)
+    SELECT merchant, order_id, customer_id, email, locale, shipping_address::jsonb,
+           billing_address::jsonb
+    FROM given JOIN placed USING (order_id)
+), reads AS (
+    INSERT INTO order_reads (merchant, order_id, version, resource)
+    SELECT merchant, order_id, 1, resource FROM given JOIN placed USING (order_id)
+)
+SELECT order_id FROM placed
+"""
+
+_CHANGE = """
+WITH given AS (
+    SELECT * FROM unnest($1::text[], $2::uuid[], $3::bigint[], $4::text[], $5::text[], $6::text[],
+                         $7::text[], $8::text[], $9::text[], $10::text[], $11::text[],
+                         $12::timestamptz[], $13::bytea[])
+    AS g(merchant, order_id, version, announcement, state, payment_state, fulfillment_state,
+         payment, failure_reason, cancel_reason, attention_reason, update_time, resource)
+), reads AS (
+    UPDATE order_reads AS r SET version = g.version, resource = g.resource
+    FROM given AS g WHERE r.merchant = g.merchant AND r.order_id = g.order_id
+)
+UPDATE orders AS o
+SET version = g.version, announcement = g.announcement, state = g.state,
+    payment_state = g.payment_state, fulfillment_state = g.fulfillment_state,
+    payment = g.payment, failure_reason = g.failure_reason, cancel_reason = g.cancel_reason,
+    attention_reason = g.attention_reason, update_time = g.update_time,
+    state_time = CASE WHEN o.state = g.state THEN o.state_time ELSE now() END
+FROM given AS g WHERE o.merchant = g.merchant AND o.order_id = g.order_id
+"""
+
+_REMEMBER = """
+INSERT INTO order_history (merchant, order_id, version, event_id, event_type, state,
+                           payment_state, document, occur_time, correlation_id, causation_id,
+                           trace_id)
+SELECT g.merchant, g.order_id, g.version, g.event_id, g.event_type, g.state, g.payment_state,
+       g.document::jsonb, g.occur_time, g.correlation_id, g.causation_id, g.trace_id
+FROM unnest($1::text[], $2::uuid[], $3::bigint[], $4::uuid[], $5::text[], $6::text[], $7::text[],
+            $8::text[], $9::timestamptz[], $10::text[], $11::text[], $12::text[])
+    AS g(merchant, order_id, version, event_id, event_type, state, payment_state, document,
+         occur_time, correlation_id, causation_id, trace_id)
+"""
+
+_LOCK = """
+SELECT o.*, c.customer_id, c.email, c.locale, c.shipping_address, c.billing_address
+FROM orders AS o LEFT JOIN order_customers AS c USING (merchant, order_id)
+WHERE (o.merchant, o.order_id) IN (SELECT * FROM unnest($1::text[], $2::uuid[]))
+ORDER BY o.merchant, o.order_id FOR UPDATE OF o
+"""
+
+_FIND_REFS = """
+SELECT merchant, client_order_ref, order_id FROM orders
+JOIN unnest($1::text[], $2::text[]) AS g(merchant, client_order_ref)
+     USING (merchant, client_order_ref)
+"""
+
+OrderKey = tuple[str, UUID]
+
+
+class PostgresOrders:
+    """The `OrderStore` of the service.
+
+    Args:
+        database: The service's own database.
+        outbox: Where events are staged.
+        cache: The cache of read orders, told of every change after it is committed.
+        new_id: Makes the ids of events.
+    """
+
+    def __init__(self, database: Database, outbox: Outbox, cache: Cache, *, new_id: NewId) -> None:
+        self._database = database
+        self._outbox = outbox
+        self._cache = cache
+        self._new_id = new_id
+        self._placements: GroupCommit[tuple[Placement, CallContext], Answer] = GroupCommit(
+            "place-orders", self._place_all
+        )
+
+    async def place(self, placement: Placement) -> Answer:
+        """Writes a new order together with whatever else is being placed now."""
+        return await self._placements.submit((placement, current()))
+
+    async def replay(self, request: RequestKey) -> Answer | None:
+        """The answer that the request was given before, if any."""
+        async with self._database.reading() as connection:
+            found = await find(connection, request)
+        return replayed(found) if found is not None else None
+
+    async def change(
+        self,
+        request: RequestKey,
+        merchant: str,
+        order_id: UUID,
+        decide: Callable[[Order], Order | None],
+    ) -> Answer:
+        """Locks an order, decides, and writes what was decided and answered."""
+        staged: list[OutboxRow] = []
+        changed: list[tuple[Order, bytes]] = []
+        async with self._database.transaction() as connection:
+            locked = await _lock(connection, {(merchant, order_id)})
+            order = locked.get((merchant, order_id))
+            if order is None:
+                raise order_not_found(merchant, order_id)
+            # Looked up under the lock, so that a concurrent twin has answered by now.
+            if (found := await find(connection, request)) is not None:
+                return replayed(found)
+            decided = decide(order)
+            resource = order_resource(decided or order)
+            entry = Entry(key=request, resource_id=self._new_id(), answer=resource)
+            (outcome,) = await record(connection, [entry])
+            if isinstance(outcome, InvalidInputError):
+                raise outcome
+            if isinstance(outcome, Replay):
+                return replayed(outcome)
+            if decided is not None:
+                changed.append((decided, resource))
+                staged = await self._write(connection, changed, [current()])
+        self._outbox.relay.offer(staged)
+        await self._refresh(changed)
+        return Answer(resource)
+
+    async def record(
+        self,
+        reports: Sequence[PaymentReport],
+        decide: Callable[[PaymentFact, Order], Order | None],
+    ) -> None:
+        """Applies what payment reported, once for each event."""
+        by_event = {report.cause.event_id: report for report in reports}
+        async with self._database.transaction() as connection:
+            fresh = await first_seen(
+                connection, CONSUMER, [report.cause for report in by_event.values()]
+            )
+            todo = [by_event[cause.event_id] for cause in fresh]
+            orders = await _lock(
+                connection, {(report.merchant, report.order_id) for report in todo}
+            )
+            versions: list[tuple[Order, CallContext]] = []
+            for report in todo:
+                key = (report.merchant, report.order_id)
+                if key not in orders:
+                    raise ConflictError(
+                        "CONCURRENT_CHANGE",
+                        f"a payment is reported for order {report.order_id}, which is not here",
+                    )
+                decided = decide(report.fact, orders[key])
+                if decided is not None:
+                    orders[key] = decided
+                    versions.append((decided, report.cause.context))
+            changed = [(order, order_resource(order)) for order, _ in versions]
+            staged = await self._write(connection, changed, [context for _, context in versions])
+        self._outbox.relay.offer(staged)
+        await self._refresh(changed)
+
+    async def _place_all(
+        self, jobs: Sequence[tuple[Placement, CallContext]]
+    ) -> list[Answer | Exception]:
+        resources = [order_resource(placement.order) for placement, _ in jobs]
+        async with self._database.transaction() as connection:
+            outcomes = await record(
+                connection,
+                [
+                    Entry(
+                        key=placement.request,
+                        resource_id=placement.order.order_id,
+                        answer=resource,
+                    )
+                    for (placement, _), resource in zip(jobs, resources, strict=True)
+                ],
+            )
+            fresh = [
+                (placement.order, resource, context)
+                for (placement, context), resource, outcome in zip(
+                    jobs, resources, outcomes, strict=True
+                )
+                if outcome is None
+            ]
+            placed = await _insert(connection, [(order, res) for order, res, _ in fresh])
+            refused = [
+                placement
+                for (placement, _), outcome in zip(jobs, outcomes, strict=True)
+                if outcome is None and placement.order.order_id not in placed
+            ]
+            taken = await _refuse(connection, refused) if refused else {}
+            written = [
+                (order, res, context) for order, res, context in fresh if order.order_id in placed
+            ]
+            staged = await self._announce(
+                connection, [(order, context) for order, _, context in written]
+            )
+        self._outbox.relay.offer(staged)
+        await self._refresh([(order, res) for order, res, _ in written])
+        answers: list[Answer | Exception] = []
+        for (placement, _), resource, outcome in zip(jobs, resources, outcomes, strict=True):
+            if isinstance(outcome, Replay):
+                answers.append(replayed(outcome))
+            elif outcome is not None:
+                answers.append(outcome)
+            elif (error := taken.get(placement.order.order_id)) is not None:
+                answers.append(error)
+            else:
+                answers.append(Answer(resource))
+        return answers
+
+    async def _write(
+        self,
+        connection: AnyConnection,
+        changed: Sequence[tuple[Order, bytes]],
+        contexts: Sequence[CallContext],
+    ) -> list[OutboxRow]:
+        """Writes versions of locked orders; of one order only the last becomes its row."""
+        if not changed:
+            return []
+        last = {(order.merchant, order.order_id): (order, res) for order, res in changed}
+        orders = [order for order, _ in last.values()]
+        await connection.execute(
+            _CHANGE,
+            [order.merchant for order in orders],
+            [order.order_id for order in orders],
+            [order.version for order in orders],
+            [order.announcement.name for order in orders],
+            [order.state.name for order in orders],
+            [order.payment_state.name for order in orders],
+            [order.fulfillment_state.name for order in orders],
+            [order.payment for order in orders],
+            [order.failure_reason for order in orders],
+            [order.cancel_reason for order in orders],
+            [order.attention_reason for order in orders],
+            [order.update_time for order in orders],
+            [res for _, res in last.values()],
+        )
+        return await self._announce(
+            connection,
+            [(order, context) for (order, _), context in zip(changed, contexts, strict=True)],
+        )
+
+    async def _announce(
+        self, connection: AnyConnection, versions: Sequence[tuple[Order, CallContext]]
+    ) -> list[OutboxRow]:
+        """Writes each version into the history, and its event into the outbox."""
+        if not versions:
+            return []
+        ids = [self._new_id() for _ in versions]
+        orders = [order for order, _ in versions]
+        contexts = [context for _, context in versions]
+        await connection.execute(
+            _REMEMBER,
+            [order.merchant for order in orders],
+            [order.order_id for order in orders],
+            [order.version for order in orders],
+            ids,
+            [announcement_type(order.announcement) for order in orders],
+            [order.state.name for order in orders],
+            [order.payment_state.name for order in orders],
+            [document_of(order) for order in orders],
+            [order.update_time for order in orders],
+            [context.correlation_id for context in contexts],
+            [context.causation_id for context in contexts],
+            [context.trace_id for context in contexts],
+        )
+        events: list[Event] = [
+            event_of(order, event_id=event_id, context=context)
+            for event_id, (order, context) in zip(ids, versions, strict=True)
+            if order.announcement not in UNANNOUNCED
+        ]
+        return await self._outbox.stage(connection, events)
+
+    async def _refresh(self, changed: Sequence[tuple[Order, bytes]]) -> None:
+        last = {order.name: Versioned(order.version, res) for order, res in changed}
+        await self._cache.put(list(last.items()))
+
+
+async def _lock(connection: AnyConnection, keys: set[OrderKey]) -> dict[OrderKey, Order]:
+    if not keys:
+        return {}
+    rows = await connection.fetch(
+        _LOCK, [merchant for merchant, _ in keys], [order_id for _, order_id in keys]
+    )
+    return {(row["merchant"], row["order_id"]): order_from_row(row) for row in rows}
+
+
+async def _insert(connection: AnyConnection, placed: Sequence[tuple[Order, bytes]]) -> set[UUID]:
+    """Writes new orders; answers those whose client_order_ref was free."""
+    if not placed:
+        return set()
+    orders = [order for order, _ in placed]
+    baskets = [order.basket for order in orders]
+    columns: list[list[Any]] = [
+        [order.merchant for order in orders],
+        [order.order_id for order in orders],
+        [order.announcement.name for order in orders],
+        [basket.client_order_ref or None for basket in baskets],
+        [document_of(order) for order in orders],
+        [order.state.name for order in orders],
+        [order.payment_state.name for order in orders],
+        [order.fulfillment_state.name for order in orders],
+        [order.create_time for order in orders],
+        [basket.customer.customer_id for basket in baskets],
+        [basket.customer.email for basket in baskets],
+        [basket.customer.locale for basket in baskets],
+        [address_document(basket.shipping_address) for basket in baskets],
+        [address_document(basket.billing_address) for basket in baskets],
+        [resource for _, resource in placed],
+    ]
+    rows = await connection.fetch(_PLACE, *columns)
+    return {row["order_id"] for row in rows}
+
+
+async def _refuse(
+    connection: AnyConnection, refused: Sequence[Placement]
+) -> dict[UUID, AlreadyExistsError]:
+    """Takes back the requests of orders that were not written, and says why."""
+    await forget(connection, [placement.request for placement in refused])
+    orders = [placement.order for placement in refused]
+    rows = await connection.fetch(
+        _FIND_REFS,
+        [order.merchant for order in orders],
+        [order.basket.client_order_ref for order in orders],
+    )
+    holders = {(row["merchant"], row["client_order_ref"]): row["order_id"] for row in rows}
+    errors = {}
+    for order in orders:
+        ref = order.basket.client_order_ref
+        holder = holders.get((order.merchant, ref))
+        errors[order.order_id] = AlreadyExistsError(
+            "CLIENT_ORDER_REF_TAKEN",
+            f"the merchant has an order with client_order_ref {ref!r} already",
+            metadata={
+                "client_order_ref": ref,
+                "name": f"merchants/{order.merchant}/orders/{holder}",
+            },
+        )
+    return errors
+
+
+def order_not_found(merchant: str, order_id: UUID) -> NotFoundError:
+    """The error of an order that is not there."""
+    name = f"merchants/{merchant}/orders/{order_id}"
+    return NotFoundError("ORDER_NOT_FOUND", f"there is no {name}", metadata={"name": name})
