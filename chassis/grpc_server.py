@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import pkgutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -490,10 +490,10 @@ def _listen(server: grpc.aio.Server, settings: ServiceSettings) -> int:
 def _public_services() -> dict[str, Any]:
     """Every public service, whoever serves it: reflection asks any one of them for all."""
     found: dict[str, Any] = {}
-    for module in pkgutil.walk_packages(ordermesh.__path__, "ordermesh."):
-        if module.name.endswith("_service_pb2"):
-            descriptor = importlib.import_module(module.name).DESCRIPTOR
-            for service in descriptor.services_by_name.values():
+    for root in map(Path, ordermesh.__path__):
+        for file in sorted(root.rglob("*_service_pb2.py")):
+            module = ".".join(file.relative_to(root.parent).with_suffix("").parts)
+            for service in importlib.import_module(module).DESCRIPTOR.services_by_name.values():
                 found[service.full_name] = service
     return found
 

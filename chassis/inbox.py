@@ -108,8 +108,8 @@ class EventConsumer:
     """Consumes a service's events, batch by batch.
 
     Args:
-        consumer: The queue's name, and the inbox's.
-        types: The events the service understands; it is subscribed to these.
+        subscription: The queue, named as the inbox's consumer is.
+        types: The events the service understands.
         handle: Handles a batch in one transaction, the inbox's entries included. It
             raises when none of the batch took effect.
         in_process_retries: How often a race or a lost connection is tried again
@@ -118,16 +118,13 @@ class EventConsumer:
 
     def __init__(
         self,
-        consumer: str,
+        subscription: Subscription,
         types: EventTypes,
         handle: Callable[[Sequence[Event]], Awaitable[None]],
         *,
-        batch_size: int = 64,
         in_process_retries: int = 2,
     ) -> None:
-        self.subscription = Subscription(
-            consumer=consumer, types=types.names, batch_size=batch_size
-        )
+        self.subscription = subscription
         self._types = types
         self._handle = handle
         self._in_process_retries = in_process_retries

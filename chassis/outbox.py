@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter as Counts
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -161,14 +162,13 @@ DELETE FROM outbox WHERE event_id IN (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxRow:
-    """One event that waits to be published, and whose claim covers it."""
+    """One event that waits to be published, claimed by this process."""
 
     event_id: UUID
     type: str
     body: bytes
     correlation_id: str
     traceparent: str
-    claim: UUID
 
 
 class Outbox:
@@ -177,13 +177,15 @@ class Outbox:
     Args:
         database: The service's own database.
         broker: Where events go.
-        new_id: Makes the tokens of claims.
+        new_id: Makes the token of this process's claims.
     """
 
     def __init__(self, database: Database, broker: Broker, *, new_id: NewId) -> None:
         self._database = database
         self._broker = broker
-        self._new_id = new_id
+        # One token for the process: a row that it claims again after a lease ran out is
+        # its own all the same.
+        self._claim_token = new_id()
         self.relay: Worker[OutboxRow] = Worker(
             "outbox-relay",
             claim=self._claim,
@@ -201,7 +203,7 @@ class Outbox:
         """
         if not events:
             return []
-        claim = self._new_id() if self.relay.running else None
+        claim = self._claim_token if self.relay.running else None
         bodies = [event.encoded() for event in events]
         # Of one aggregate's events only the first may go out at once.
         heads = {event.aggregate: event.event_id for event in reversed(events)}
@@ -229,16 +231,14 @@ class Outbox:
                 body=body,
                 correlation_id=event.correlation_id,
                 traceparent=event.traceparent,
-                claim=claim,
             )
             for event, body in zip(events, bodies, strict=True)
             if event.event_id in handed_over
         ]
 
     async def _claim(self, limit: int) -> list[OutboxRow]:
-        claim = self._new_id()
         async with self._database.reading() as connection:
-            rows = await connection.fetch(_CLAIM, claim, limit)
+            rows = await connection.fetch(_CLAIM, self._claim_token, limit)
         # UPDATE … RETURNING answers in no order; versions of one aggregate never
         # stand in one batch, so only fairness asks for the order of creation.
         return [
@@ -248,7 +248,6 @@ class Outbox:
                 body=row["body"],
                 correlation_id=row["correlation_id"],
                 traceparent=row["traceparent"],
-                claim=claim,
             )
             for row in rows
         ]
@@ -269,13 +268,10 @@ class Outbox:
                 for row in rows
             ]
         )
-        by_claim: dict[UUID, list[tuple[OutboxRow, PublishOutcome]]] = {}
-        for row, outcome in zip(rows, outcomes, strict=True):
-            _PUBLISHED.labels(outcome.name).inc()
-            by_claim.setdefault(row.claim, []).append((row, outcome))
+        for outcome, times in Counts(outcomes).items():
+            _PUBLISHED.labels(outcome.name).inc(times)
         async with self._database.reading() as connection:
-            for claim, settled in by_claim.items():
-                await _settle(connection, claim, settled)
+            await _settle(connection, self._claim_token, list(zip(rows, outcomes, strict=True)))
 
     async def measure(self) -> None:
         """Brings the metrics of the backlog up to date."""

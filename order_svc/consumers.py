@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from chassis.broker import Subscription
 from chassis.errors import InvalidInputError
 from chassis.events import Event
 from chassis.inbox import EventConsumer
@@ -11,7 +12,7 @@ from chassis.mediator import Mediator
 from order_svc.commands import RecordPayments
 from order_svc.messages import PAYMENT_EVENTS, report_of
 
-CONSUMER = "order"
+SUBSCRIPTION = Subscription(consumer="order", types=PAYMENT_EVENTS.names)
 
 
 def payment_consumer(mediator: Mediator) -> EventConsumer:
@@ -24,4 +25,4 @@ def payment_consumer(mediator: Mediator) -> EventConsumer:
             raise InvalidInputError("INVALID_FIELD", f"not a payment's report: {error}") from error
         await mediator.send(RecordPayments(reports=reports))
 
-    return EventConsumer(CONSUMER, PAYMENT_EVENTS, handle)
+    return EventConsumer(SUBSCRIPTION, PAYMENT_EVENTS, handle)

@@ -27,7 +27,7 @@ from order_svc.commands import (
     RecordPayments,
     RecordPaymentsHandler,
 )
-from order_svc.consumers import payment_consumer
+from order_svc.consumers import SUBSCRIPTION, payment_consumer
 from order_svc.queries import GetOrder, ListOrderEvents, ListOrders, OrderQueries
 from order_svc.rates import MeshRates
 from order_svc.servicer import OrderServicer
@@ -40,8 +40,14 @@ SWEEP_SECONDS = 300.0
 
 
 async def prepare(settings: OrderSettings) -> None:
-    """Brings the database to the newest revision."""
+    """Migrates the database and declares what this service listens to.
+
+    Done for every service before any is served, so that no event is published before
+    those who listen to it have a queue.
+    """
     await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
+    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
+        await broker.declare([SUBSCRIPTION])
 
 
 @contextlib.asynccontextmanager
@@ -109,7 +115,6 @@ async def build(settings: OrderSettings) -> AsyncIterator[App]:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), SWEEP_SECONDS)
 
-        await broker.declare([consumer.subscription])
         yield App(
             servicers=[
                 (
