@@ -10,7 +10,7 @@ UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev demo up check lint types imports lint-protos proto-check \
-	check-envoy check-settings test test-servers fmt proto release-protos lock upgrade bench clean
+	check-envoy check-settings test test-servers fmt proto settings release-protos lock upgrade bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,7 +64,7 @@ check-envoy: setup-dev ## Envoy accepts every rendering of its configuration
 	@$(BIN)/python envoy/render.py --validate-all
 
 check-settings: setup-dev ## docs/settings.md is what the settings classes say
-	@$(BIN)/python -m chassis.settings --check docs/settings.md
+	@$(BIN)/python -m tools.settings_table --check docs/settings.md
 
 test-servers: ## install the servers that tests need and no wheel holds (RabbitMQ)
 	@tools/install_test_servers.sh
@@ -81,6 +81,9 @@ fmt: setup-dev ## format Python and protos, fix what can be fixed
 
 proto: setup-dev ## write generated/ from protos/
 	@$(BIN)/python tools/protos.py generate
+
+settings: setup-dev ## write docs/settings.md from the settings classes
+	@$(BIN)/python -m tools.settings_table docs/settings.md
 
 release-protos: proto-check ## with a release: make today's protos what later ones must not break
 	@cp generated/ordermesh.binpb protos/released.binpb

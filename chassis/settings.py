@@ -1,7 +1,7 @@
 """What every process reads from its environment, checked when it starts.
 
 Each service adds its own settings in its `settings` module. The table of all of them
-is generated into docs/settings.md by `make settings-table`.
+is generated into docs/settings.md by `make settings`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class ServiceSettings(BaseSettings):
             names each of them.
     """
 
-    model_config = SettingsConfigDict(env_prefix="MESH_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="MESH_", frozen=True, extra="ignore", use_attribute_docstrings=True
+    )
 
     broker_url: SecretStr = SecretStr("")
     """Where events flow: `amqp://user:password@host:port/vhost` (RabbitMQ) or
