@@ -62,20 +62,26 @@ PY
 # system's pip can fill an environment that has no pip.
 make_venv() {
     rm -rf "$venv"
-    if "$interpreter" -c 'import ensurepip, venv' 2>/dev/null; then
-        "$interpreter" -m venv "$venv"
+    if "$interpreter" -c 'import ensurepip, venv' 2>/dev/null && "$interpreter" -m venv "$venv"; then
+        return
     elif "$interpreter" -c 'import pip, venv' 2>/dev/null; then
-        "$interpreter" -m venv --without-pip "$venv"
+        "$interpreter" -m venv --clear --without-pip "$venv"
     else
         fail "$interpreter can make no virtual environment. Debian: apt install python3-venv (or python3-pip)."
     fi
 }
 
 # The environment's own pip, or the system's working on it.
+pip() {
+    if "$python" -c 'import pip' 2>/dev/null; then
+        "$python" -m pip --disable-pip-version-check "$@"
+    else
+        "$interpreter" -m pip --disable-pip-version-check --python "$python" "$@"
+    fi
+}
+
 pip_install() {
-    local -a pip=("$python" -m pip)
-    "$python" -c 'import pip' 2>/dev/null || pip=("$interpreter" -m pip --python "$python")
-    "${pip[@]}" --disable-pip-version-check install --quiet --no-input "$@"
+    pip install --quiet --no-input "$@"
 }
 
 install_uv() {
@@ -88,31 +94,41 @@ install_uv() {
 
 install_lock() {
     local lock=$1
-    if install_uv; then
-        # Without a home to keep a cache in, do without the cache.
-        if ! mkdir -p "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/uv}" 2>/dev/null; then
-            export UV_NO_CACHE=1
-        fi
-        export UV_LINK_MODE=${UV_LINK_MODE:-$(link_mode)}
-        local -a uv=("$venv/bin/uv" pip --quiet)
-        if [[ $wanted == runtime && $installed == dev* ]]; then
-            # An environment that a developer filled keeps its tools when only the mesh is asked for.
-            "${uv[@]}" install --python "$python" --require-hashes -r "$lock"
-        else
-            "${uv[@]}" sync --python "$python" --require-hashes "$lock"
-        fi
-        "${uv[@]}" install --python "$python" --no-deps --no-build-isolation --editable .
-    else
-        echo 'make setup: uv cannot be used here; pip does the same, in a minute or two.' >&2
-        pip_install --require-hashes -r "$lock"
-        pip_install --no-deps --no-build-isolation --editable .
+    if install_uv && uv_install "$lock"; then
+        return
     fi
+    echo 'make setup: uv could not do it; pip does the same in a minute or two.' >&2
+    pip_install --require-hashes -r "$lock"
+    pip_install --no-deps --no-build-isolation --editable .
+}
+
+uv_install() {
+    local lock=$1
+    local -a uv=("$venv/bin/uv" --quiet)
+    # uv reads neither the system's certificates nor pip's configuration unless it is told to;
+    # behind a company's proxy or mirror pip would work and uv would not.
+    [[ -e ${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt} ]] && uv+=(--system-certs)
+    local index=${PIP_INDEX_URL:-$(pip config get global.index-url 2>/dev/null || true)}
+    [[ -z $index ]] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
+    # Without a home to keep a cache in, do without the cache.
+    mkdir -p "$(uv_cache)" 2>/dev/null || export UV_NO_CACHE=1
+    export UV_LINK_MODE=${UV_LINK_MODE:-$(link_mode)}
+    if [[ $wanted == runtime && $installed == dev* ]]; then
+        # An environment that a developer filled keeps its tools when only the mesh is asked for.
+        "${uv[@]}" pip install --python "$python" --require-hashes -r "$lock" || return
+    else
+        "${uv[@]}" pip sync --python "$python" --require-hashes "$lock" || return
+    fi
+    "${uv[@]}" pip install --python "$python" --no-deps --no-build-isolation --editable .
+}
+
+uv_cache() {
+    echo "${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/uv}"
 }
 
 # uv links from its cache where it can; across file systems it copies, and says so at length.
 link_mode() {
-    local cache=${UV_CACHE_DIR:-${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/uv}
-    if [[ $(stat -c %d "$cache" 2>/dev/null) == "$(stat -c %d "$venv")" ]]; then
+    if [[ $(stat -c %d "$(uv_cache)" 2>/dev/null) == "$(stat -c %d "$venv")" ]]; then
         echo hardlink
     else
         echo copy
