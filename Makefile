@@ -46,7 +46,7 @@ types: setup-dev ## Python: types, strictly
 	@cd envoy && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache/envoy *.py
 
 imports: setup-dev ## Python: who may import whom (.importlinter)
-	@out=$$($(BIN)/lint-imports --no-color 2>&1) || { echo "$$out"; exit 1; }
+	@out=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$out"; exit 1; }
 
 $(IMAGE): setup-dev FORCE
 	@$(BIN)/python tools/protos.py image $@
