@@ -88,8 +88,15 @@ _DUE_FALLBACK_SECONDS: Final = 5.0
 
 _log = structlog.get_logger("broker")
 
-# What a broken or unwilling server makes asyncpg raise.
-_TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+# What a broken or unwilling server makes asyncpg raise; its internal error is what a statement
+# meets that begins while asyncpg is only just learning that the connection is dead.
+_TROUBLE: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 # The server's word that the statement took no effect, unlike a connection that broke.
 _CONNECTION_ENDED: Final = (
