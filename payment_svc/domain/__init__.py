@@ -1,0 +1,1 @@
+"""Payments, their attempts and refunds, pure and synchronous: no I/O, no clock, no wire format."""

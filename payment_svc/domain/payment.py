@@ -1,0 +1,491 @@
+"""The payment: the money side of one order, and what every answer means for it.
+
+A payment is asked for by its order's creation, and undone by its order's cancellation.
+At any time at most one thing is to be asked of the provider for it: `due` says what, and
+whoever takes it (`taken`) holds it under a fence until `settled`, or until its lease runs
+out. A lease that runs out is work of its own: the outcome is then unknown, so what is due
+next is to RESOLVE it by asking, before anything else may happen.
+
+What came of asking:
+
+| payment          | outcome                 | next            | told as           | due next |
+|------------------|-------------------------|-----------------|-------------------|----------|
+| PENDING          | taken                   | PROCESSING      |                   | RESOLVE¹ |
+| PROCESSING       | captured                | CAPTURED        | PaymentSucceeded  | REFUND²  |
+| PROCESSING       | authorized              | AUTHORIZED      | PaymentAuthorized | VOID²    |
+| PROCESSING       | declined, invalid       | FAILED          | PaymentFailed     |          |
+| PROCESSING       | retry with the same key | PROCESSING      |                   | CHARGE   |
+| PROCESSING       | unknown, lease ran out  | OUTCOME_UNKNOWN |                   | RESOLVE  |
+| OUTCOME_UNKNOWN  | captured, declined, …   | as above        | as above          | as above |
+| OUTCOME_UNKNOWN  | authorized, as before   | AUTHORIZED      |                   | VOID²    |
+| OUTCOME_UNKNOWN  | voided                  | VOIDED          | PaymentVoided     |          |
+| OUTCOME_UNKNOWN  | absent, unknown         | OUTCOME_UNKNOWN |                   | RESOLVE  |
+| AUTHORIZED, void | voided                  | VOIDED          | PaymentVoided     |          |
+| AUTHORIZED, void | captured                | CAPTURED        | PaymentSucceeded  | REFUND   |
+| AUTHORIZED, void | unknown, refused        | OUTCOME_UNKNOWN |                   | RESOLVE  |
+| CAPTURED, refund | refunded                | CAPTURED        | RefundSucceeded   |          |
+| CAPTURED, refund | declined, invalid       | CAPTURED        | RefundFailed      |          |
+| CAPTURED, refund | submitted, unknown      | CAPTURED        |                   | RESOLVE  |
+
+¹ when the lease ends; ² if the order was cancelled meanwhile.
+
+What a cancellation does. The order waits for one of PaymentFailed, PaymentVoided,
+RefundSucceeded (RefundFailed calls a person), and every row ends in exactly one of them:
+
+| payment                    | at once                 | and in the end              |
+|----------------------------|-------------------------|-----------------------------|
+| none yet                   | refused, comes again    |                             |
+| PENDING                    | VOIDED: called off      | PaymentVoided, now          |
+| PROCESSING, OUTCOME_UNKNOWN| marked; nothing is known| by the outcome, table above |
+| AUTHORIZED                 | marked, void due        | PaymentVoided               |
+| CAPTURED                   | marked, refund due      | RefundSucceeded or -Failed  |
+| FAILED, VOIDED, EXPIRED    | marked                  | told already: nothing more  |
+| cancelled before           | nothing                 |                             |
+
+In the row of FAILED the order has met, or will meet, the PaymentFailed that was told
+when the payment failed; a second one would be a second answer to one question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import Enum
+from typing import Any, assert_never
+from uuid import UUID
+
+from chassis.errors import InvalidInputError
+from chassis.money import Money
+from payment_svc.domain.attempt import (
+    Attempt,
+    AttemptState,
+    ChargeTerms,
+    IllegalTransitionError,
+)
+from payment_svc.domain.outcomes import (
+    Absent,
+    Authorized,
+    Captured,
+    Declined,
+    Invalid,
+    Outcome,
+    Refunded,
+    RetrySameKey,
+    Submitted,
+    Unknown,
+    Voided,
+)
+from payment_svc.domain.refund import Refund, RefundState
+
+RESOLVE_AFTER_SECONDS = (2.0, 10.0, 30.0, 120.0, 600.0, 3600.0)
+"""How long to wait before asking about an unknown outcome: the first time, the second,
+and so on; the last for ever after (docs/reliability.md)."""
+
+
+class PaymentState(Enum):
+    """Where a payment stands; the values are the proto's `Payment.State`."""
+
+    PENDING = 1
+    REQUIRES_ACTION = 2
+    PROCESSING = 3
+    AUTHORIZED = 4
+    PARTIALLY_CAPTURED = 5
+    CAPTURED = 6
+    VOIDED = 7
+    EXPIRED = 8
+    FAILED = 9
+    OUTCOME_UNKNOWN = 10
+
+
+PAYMENT_TRANSITIONS: Mapping[PaymentState, frozenset[PaymentState]] = {
+    PaymentState.PENDING: frozenset({PaymentState.PROCESSING, PaymentState.VOIDED}),
+    PaymentState.REQUIRES_ACTION: frozenset(
+        {PaymentState.PROCESSING, PaymentState.FAILED, PaymentState.VOIDED}
+    ),
+    PaymentState.PROCESSING: frozenset(
+        {
+            PaymentState.REQUIRES_ACTION,
+            PaymentState.AUTHORIZED,
+            PaymentState.CAPTURED,
+            PaymentState.FAILED,
+            PaymentState.OUTCOME_UNKNOWN,
+        }
+    ),
+    PaymentState.OUTCOME_UNKNOWN: frozenset(
+        {
+            PaymentState.AUTHORIZED,
+            PaymentState.PARTIALLY_CAPTURED,
+            PaymentState.CAPTURED,
+            PaymentState.VOIDED,
+            PaymentState.FAILED,
+        }
+    ),
+    PaymentState.AUTHORIZED: frozenset(
+        {
+            PaymentState.PARTIALLY_CAPTURED,
+            PaymentState.CAPTURED,
+            PaymentState.VOIDED,
+            PaymentState.EXPIRED,
+            PaymentState.OUTCOME_UNKNOWN,
+        }
+    ),
+    PaymentState.PARTIALLY_CAPTURED: frozenset(
+        {PaymentState.CAPTURED, PaymentState.OUTCOME_UNKNOWN}
+    ),
+    PaymentState.CAPTURED: frozenset(),
+    PaymentState.VOIDED: frozenset(),
+    PaymentState.EXPIRED: frozenset(),
+    PaymentState.FAILED: frozenset(),
+}
+"""Where a payment may go from where it stands. A final state is never left; money that
+is given back changes `refunded`, not the state."""
+
+
+class Task(Enum):
+    """What may be due at the provider for a payment."""
+
+    CHARGE = "CHARGE"
+    VOID = "VOID"
+    REFUND = "REFUND"
+    RESOLVE = "RESOLVE"
+    """Ask what became of whichever of the others was last sent."""
+
+
+class Told(Enum):
+    """What a change is told as: the payment service's events."""
+
+    AUTHORIZED = "PaymentAuthorized"
+    SUCCEEDED = "PaymentSucceeded"
+    FAILED = "PaymentFailed"
+    VOIDED = "PaymentVoided"
+    REFUND_SUCCEEDED = "RefundSucceeded"
+    REFUND_FAILED = "RefundFailed"
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One event that a change is told as; `refund` where it is about one."""
+
+    told: Told
+    refund: Refund | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payment:
+    """The payment of one order, at one revision. Changes make a new one.
+
+    Attributes:
+        attempt: The latest charge; what came before it is kept, and is over.
+        revision: Rises with every change; names the state for readers (etag).
+        events: How many events have told of it; their versions have no gaps.
+        fence: Rises whenever somebody takes what is due; an answer under an older
+            fence comes from somebody whose lease has run out, and counts for nothing.
+        due: What has to be asked of the provider next, if anything.
+        due_in_seconds: When, counted from the moment of saving; None leaves the time
+            as it was saved before.
+        in_hand: What the taker of this very revision is to do; not saved.
+        announcements: What has changed since it was read, as events; not saved here.
+    """
+
+    merchant: str
+    payment_id: UUID
+    order_id: UUID
+    provider: str
+    attempt: Attempt
+    state: PaymentState
+    captured: Money
+    refunded: Money
+    create_time: datetime
+    update_time: datetime
+    refunds: tuple[Refund, ...] = ()
+    failure_reason: str = ""
+    cancel_requested: bool = False
+    revision: int = 1
+    events: int = 0
+    fence: int = 0
+    due: Task | None = None
+    due_in_seconds: float | None = None
+    in_hand: Task | None = None
+    announcements: tuple[Announcement, ...] = ()
+
+    @classmethod
+    def begin(
+        cls,
+        *,
+        merchant: str,
+        payment_id: UUID,
+        order_id: UUID,
+        attempt_id: UUID,
+        provider: str,
+        terms: ChargeTerms,
+        at: datetime,
+    ) -> Payment:
+        """A payment that nobody has sent anywhere yet: PENDING, with a charge due.
+
+        Raises:
+            InvalidInputError: The amount is not positive.
+        """
+        if terms.amount.minor_units <= 0:
+            raise InvalidInputError.of_field(
+                "INVALID_FIELD", "amount", "is not positive, so there is nothing to charge"
+            )
+        nothing = Money.zero(terms.amount.currency_code)
+        return cls(
+            merchant=merchant,
+            payment_id=payment_id,
+            order_id=order_id,
+            provider=provider,
+            attempt=Attempt.new(attempt_id=attempt_id, seq=1, terms=terms),
+            state=PaymentState.PENDING,
+            captured=nothing,
+            refunded=nothing,
+            create_time=at,
+            update_time=at,
+            due=Task.CHARGE,
+            due_in_seconds=0.0,
+        )
+
+    @property
+    def name(self) -> str:
+        """The resource name, `merchants/{merchant}/payments/{payment}`."""
+        return f"merchants/{self.merchant}/payments/{self.payment_id}"
+
+    @property
+    def order(self) -> str:
+        """The order's resource name, `merchants/{merchant}/orders/{order}`."""
+        return f"merchants/{self.merchant}/orders/{self.order_id}"
+
+    @property
+    def etag(self) -> str:
+        """Names this very revision (AIP-154)."""
+        return f'"{self.revision}"'
+
+    @property
+    def amount(self) -> Money:
+        """What is to be paid."""
+        return self.attempt.terms.amount
+
+    @property
+    def open_refund(self) -> Refund | None:
+        """The refund that is under way, if any; there is never more than one."""
+        return next((refund for refund in self.refunds if refund.open), None)
+
+    @property
+    def refundable(self) -> Money:
+        """What was captured and is neither given back nor about to be."""
+        held = [refund.amount for refund in self.refunds if refund.state is not RefundState.FAILED]
+        return self.captured - Money.total(held, self.captured.currency_code)
+
+    def cancelled(self, *, reason: str, new_id: Callable[[], UUID], at: datetime) -> Payment | None:
+        """What its order's cancellation makes of it; None when it was cancelled before."""
+        if self.cancel_requested:
+            return None
+        marked = self._changed(at, cancel_requested=True)
+        match self.state:
+            case PaymentState.PENDING:
+                return marked._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
+            case PaymentState.AUTHORIZED:
+                return marked._with_void_due()
+            case PaymentState.CAPTURED:
+                return marked._with_refund_due(reason, new_id, at)
+            case _:
+                return marked
+
+    def taken(self, *, at: datetime, lease_seconds: float) -> Payment:
+        """Takes what is due: from now on its holder alone may do it, until the lease ends.
+
+        Raises:
+            ValueError: Nothing is due.
+        """
+        if self.due is None:
+            raise ValueError(f"nothing is due for {self.name}")
+        attempt, refund, state = self.attempt, self.open_refund, self.state
+        match self.due:
+            case Task.CHARGE:
+                attempt = replace(
+                    attempt.moved(AttemptState.SENT), sent_time=attempt.sent_time or at
+                )
+                state = PaymentState.PROCESSING
+            case Task.VOID:
+                attempt = attempt.moved(AttemptState.VOIDING)
+            case Task.REFUND if refund is not None:
+                refund = replace(
+                    refund.moved(RefundState.SUBMITTED), sent_time=refund.sent_time or at
+                )
+            case Task.RESOLVE if refund is not None:
+                # A provider that has named the refund has it: that much is known.
+                if not refund.provider_reference:
+                    refund = refund.moved(RefundState.OUTCOME_UNKNOWN)
+            case Task.RESOLVE:
+                attempt = attempt.moved(AttemptState.UNKNOWN)
+                state = PaymentState.OUTCOME_UNKNOWN
+            case _:
+                raise ValueError(f"{self.due.name} is due for {self.name}, which has no refund")
+        taken = self._with_refund(refund) if refund is not None else self
+        return taken._changed(
+            at,
+            attempt=attempt,
+            state=taken._moved(state),
+            fence=self.fence + 1,
+            in_hand=self.due,
+            due=Task.RESOLVE,
+            due_in_seconds=lease_seconds,
+        )
+
+    def settled(
+        self, task: Task, outcome: Outcome, *, new_id: Callable[[], UUID], at: datetime
+    ) -> Payment:
+        """What an answer of the provider makes of it.
+
+        Args:
+            task: What had been taken.
+            outcome: What came of it.
+            new_id: Makes the id of a refund, where one becomes due.
+            at: The time by our clock.
+
+        Raises:
+            IllegalTransitionError: The answer contradicts what is final.
+        """
+        settling = self._changed(at, due=None, due_in_seconds=None)
+        refund = self.open_refund
+        if isinstance(outcome, RetrySameKey):
+            return replace(settling, due=task, due_in_seconds=outcome.delay_seconds)
+        if refund is not None:
+            return settling._refund_settled(refund, outcome)
+        return settling._charge_settled(outcome, new_id, at)
+
+    def _charge_settled(
+        self, outcome: Outcome, new_id: Callable[[], UUID], at: datetime
+    ) -> Payment:
+        voiding = self.attempt.state is AttemptState.VOIDING
+        match outcome:
+            case Authorized(reference):
+                told_before = bool(self.attempt.provider_reference)
+                settled = replace(
+                    self,
+                    state=self._moved(PaymentState.AUTHORIZED),
+                    attempt=self.attempt.moved(AttemptState.AUTHORIZED, reference=reference),
+                )
+                if not told_before:
+                    settled = settled._told(Announcement(Told.AUTHORIZED))
+                return settled._with_void_due() if self.cancel_requested else settled
+            case Captured(reference):
+                settled = replace(
+                    self,
+                    state=self._moved(PaymentState.CAPTURED),
+                    attempt=self.attempt.moved(AttemptState.CAPTURED, reference=reference),
+                    captured=self.amount,
+                )._told(Announcement(Told.SUCCEEDED))
+                if self.cancel_requested:
+                    return settled._with_refund_due("cancelled", new_id, at)
+                return settled
+            case Voided():
+                return self._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
+            case Declined(code) if not voiding:
+                return self._over(PaymentState.FAILED, AttemptState.DECLINED, Told.FAILED, code)
+            case Invalid(code) if not voiding:
+                return self._over(PaymentState.FAILED, AttemptState.FAILED, Told.FAILED, code)
+            case Unknown() | Absent() | Invalid() | Declined():
+                # A refusal to let go says that something else is there than we think.
+                return replace(
+                    self,
+                    state=self._moved(PaymentState.OUTCOME_UNKNOWN),
+                    attempt=replace(
+                        self.attempt.moved(AttemptState.UNKNOWN), asked=self.attempt.asked + 1
+                    ),
+                    due=Task.RESOLVE,
+                    due_in_seconds=_pause(self.attempt.asked),
+                )
+            case Submitted() | Refunded() | RetrySameKey():
+                raise ValueError(f"{outcome} is no answer about a charge")
+            case _:
+                assert_never(outcome)
+
+    def _refund_settled(self, refund: Refund, outcome: Outcome) -> Payment:
+        match outcome:
+            case Refunded(reference):
+                over = refund.moved(RefundState.SUCCEEDED, reference=reference)
+                return replace(
+                    self._with_refund(over), refunded=self.refunded + refund.amount
+                )._told(Announcement(Told.REFUND_SUCCEEDED, over))
+            case Declined(code) | Invalid(code):
+                over = refund.moved(RefundState.FAILED, failure_reason=code)
+                return self._with_refund(over)._told(Announcement(Told.REFUND_FAILED, over))
+            case Submitted(reference):
+                waiting = refund.moved(RefundState.SUBMITTED, reference=reference)
+            case Unknown() | Absent():
+                # What the provider has named stays submitted, however it answers today.
+                waiting = (
+                    refund
+                    if refund.provider_reference
+                    else refund.moved(RefundState.OUTCOME_UNKNOWN)
+                )
+            case Authorized() | Captured() | Voided() | RetrySameKey():
+                raise ValueError(f"{outcome} is no answer about a refund")
+            case _:
+                assert_never(outcome)
+        return replace(
+            self._with_refund(replace(waiting, asked=refund.asked + 1)),
+            due=Task.RESOLVE,
+            due_in_seconds=_pause(refund.asked),
+        )
+
+    def _with_void_due(self) -> Payment:
+        return replace(
+            self,
+            attempt=self.attempt.moved(AttemptState.VOIDING),
+            due=Task.VOID,
+            due_in_seconds=0.0,
+        )
+
+    def _with_refund_due(self, reason: str, new_id: Callable[[], UUID], at: datetime) -> Payment:
+        amount = self.refundable
+        if not amount:
+            return self
+        refund = Refund.new(refund_id=new_id(), amount=amount, reason=reason, at=at)
+        return replace(self, refunds=(*self.refunds, refund), due=Task.REFUND, due_in_seconds=0.0)
+
+    def _with_refund(self, changed: Refund) -> Payment:
+        return replace(
+            self,
+            refunds=tuple(
+                changed if refund.refund_id == changed.refund_id else refund
+                for refund in self.refunds
+            ),
+        )
+
+    def _over(
+        self, state: PaymentState, attempt: AttemptState, told: Told, failure_reason: str = ""
+    ) -> Payment:
+        return replace(
+            self,
+            state=self._moved(state),
+            attempt=self.attempt.moved(attempt, failure_reason=failure_reason),
+            failure_reason=failure_reason,
+            due=None,
+            due_in_seconds=None,
+        )._told(Announcement(told))
+
+    def _told(self, announcement: Announcement) -> Payment:
+        return replace(
+            self, events=self.events + 1, announcements=(*self.announcements, announcement)
+        )
+
+    def _moved(self, target: PaymentState) -> PaymentState:
+        if target is not self.state and target not in PAYMENT_TRANSITIONS[self.state]:
+            raise IllegalTransitionError(self.name, self.state, target)
+        return target
+
+    def _changed(self, at: datetime, **changes: Any) -> Payment:
+        return replace(
+            self,
+            revision=self.revision + 1,
+            update_time=max(at, self.update_time),
+            in_hand=None,
+            **changes,
+        )
+
+
+def _pause(asked: int) -> float:
+    return RESOLVE_AFTER_SECONDS[min(asked, len(RESOLVE_AFTER_SECONDS) - 1)]
