@@ -224,7 +224,7 @@ async def run_to_end(command: Command, *, within_seconds: float = 60.0) -> None:
 
 def base_environment() -> dict[str, str]:
     """Answers the few variables that every child gets from ours; nothing else leaks in."""
-    kept = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
+    kept = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "ORDERMESH_TEST_RUN")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     environment.setdefault("PATH", os.defpath)
     return environment
@@ -233,7 +233,8 @@ def base_environment() -> dict[str, str]:
 def import_roots() -> str:
     """Answers the PYTHONPATH by which a child imports the same code as we do."""
     root = checkout()
-    return os.pathsep.join([str(root), str(root / "generated")])
+    ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([*filter(None, ours), str(root), str(root / "generated")])
 
 
 def checkout() -> Path:

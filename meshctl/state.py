@@ -128,12 +128,14 @@ class StateFolder:
     """One mesh's folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Points at a folder; nothing is made before `ensure`."""
+        """Points at a folder; nothing is made before `take`."""
         self.path = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow links
         self.certificates = Certificates(self.path / "tls")
         self.token_key = TokenKey(self.path / "jwt")
         self.merchants = self.path / "merchants.json"
         self.events_log = self.path / "events.log"
+        self.supervisor_log = self.path / "supervisor.log"
+        """What a detached supervisor printed."""
         self.logs = self.path / "logs"
         self.mail = self.path / "mail"
         self.postgres = self.path / "postgres"
@@ -148,30 +150,38 @@ class StateFolder:
 
     # ------------------------------------------------------------------ what is kept
 
-    def ensure(self) -> None:
-        """Makes the folder, for us alone, and reads what it remembers.
+    def make_folder(self) -> None:
+        """Makes the folder, for us alone, unless it is there.
 
         Raises:
-            MeshError: The folder is another user's, or not a state folder and not empty.
+            MeshError: The folder is another user's, or neither empty nor a state folder.
         """
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner, inside = self.path.stat().st_uid, {e.name for e in self.path.iterdir()}
         except OSError as error:
-            raise MeshError(
-                f"cannot make the state folder {self.path}: {error.strerror}"
-            ) from error
-        strangers = {entry.name for entry in self.path.iterdir()} - {"lock"}
-        if strangers and not self._memory_file.exists() and "logs" not in strangers:
+            raise MeshError(f"cannot use the state folder {self.path}: {error.strerror}") from error
+        if inside - {self.supervisor_log.name} and "lock" not in inside:
             raise MeshError(
                 f"{self.path} is neither empty nor a mesh's state folder",
                 hint="give another one with --state DIR",
             )
-        if self.path.stat().st_uid != os.geteuid():
+        if owner != os.geteuid():
             raise MeshError(
                 f"the state folder {self.path} belongs to another user",
                 hint="give one of your own with --state DIR",
             )
         self.path.chmod(0o700)
+
+    def take(self) -> Lock:
+        """Makes the folder unless it is there, locks it, and reads what it remembers.
+
+        Raises:
+            MeshError: The folder cannot be one of ours (see `make_folder`).
+            AlreadyRunningError: Another supervisor has it.
+        """
+        self.make_folder()
+        lock = self._lock()
         self.logs.mkdir(mode=0o700, exist_ok=True)
         self.load()
         if "id" not in self._memory:
@@ -180,6 +190,7 @@ class StateFolder:
         if not self.merchants.exists():
             merchants = {"merchants": _MERCHANTS}
             write_private(self.merchants, json.dumps(merchants, indent=2).encode() + b"\n")
+        return lock
 
     def load(self) -> None:
         """Reads what the folder remembers; it may remember nothing yet."""
@@ -246,15 +257,9 @@ class StateFolder:
 
     # ------------------------------------------------------------------ who runs it
 
-    def lock(self) -> Lock:
-        """Takes the folder for this process.
-
-        A guardian that tidies up after a killed supervisor holds the lock as well, for a few
-        seconds at most; it is waited for.
-
-        Raises:
-            AlreadyRunningError: Another supervisor has it.
-        """
+    def _lock(self) -> Lock:
+        # A guardian that tidies up after a killed supervisor holds the lock as well, for a few
+        # seconds at most; it is waited for.
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         deadline = time.monotonic() + _TIDYING_SECONDS_MAX
         while True:

@@ -52,6 +52,8 @@ class Part:
     """Parts of a lower rank are ended before those of a higher one."""
     needs: tuple[str, ...] = ()
     """Names of the parts that have to be ready before this one starts."""
+    first_after: tuple[str, ...] = ()
+    """Further ones that its first start waits for, but no restart."""
     once_ready: Callable[[], Awaitable[None]] | None = None
     """Run after the first start, before the part counts as ready."""
     before_stop: Callable[[], Awaitable[None]] | None = None
@@ -149,11 +151,14 @@ class Supervisor:
     async def _keep(self, part: Part) -> None:
         backoff = _BACKOFF_FIRST_SECONDS
         while True:
-            for need in part.needs:
-                await self._by_name[need].ready.wait()
-            began = time.monotonic()
             first = part.restarts == 0
+            self._set(part, "starting")
+            began = time.monotonic()
             try:
+                part.child = None
+                await part.server.prepare()
+                for need in (*part.needs, *(part.first_after if first else ())):
+                    await self._by_name[need].ready.wait()
                 await self._start(part, first=first)
             except (MeshError, OSError) as error:
                 if part.child is not None:
@@ -177,9 +182,6 @@ class Supervisor:
             backoff = min(backoff * 2, _BACKOFF_MAX_SECONDS)
 
     async def _start(self, part: Part, *, first: bool) -> None:
-        self._set(part, "starting")
-        part.child = None
-        await part.server.prepare()
         command = part.server.command()
         command = replace(
             command,
@@ -271,6 +273,7 @@ class Supervisor:
         while True:
             self._guard = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 "meshctl.guardian",
                 str(self._state.path),

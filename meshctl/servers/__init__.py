@@ -12,7 +12,7 @@ All of them listen on 127.0.0.1 only. PostgreSQL and RabbitMQ are not run as roo
 root, they run as a user that owns nothing else (see `unprivileged`).
 """
 
-from meshctl.servers.base import Server, http_get, http_status, start, unprivileged
+from meshctl.servers.base import Server, http_request, http_status, start, unprivileged
 from meshctl.servers.envoy import Envoy
 from meshctl.servers.postgres import Postgres
 from meshctl.servers.rabbitmq import Epmd, RabbitMQ, require_rabbitmq
@@ -33,7 +33,7 @@ __all__ = [
     "Server",
     "Throwaway",
     "Valkey",
-    "http_get",
+    "http_request",
     "http_status",
     "require_rabbitmq",
     "start",

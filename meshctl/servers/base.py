@@ -6,7 +6,9 @@ import asyncio
 import functools
 import importlib.util
 import os
+import ssl
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -124,39 +126,46 @@ def unprivileged(program: Path, folder: Path) -> Identity:
     )
 
 
-async def http_status(port: int, path: str, *, host: str = "127.0.0.1") -> int:
+async def http_status(port: int, path: str) -> int:
     """Answers the status of a plain HTTP GET on a loopback port.
 
     Raises:
         NotReadyError: Nobody answers HTTP there.
     """
-    status, _ = await http_get(port, path, host=host)
+    status, _ = await http_request(port, path)
     return status
 
 
-async def http_get(
-    port: int, path: str, *, host: str = "127.0.0.1", method: str = "GET"
+async def http_request(
+    port: int,
+    path: str,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> tuple[int, bytes]:
-    """Answers status and body of a plain HTTP request on a loopback port.
+    """Answers status and body of an HTTP request on a loopback port; plain unless `tls` is given.
 
     Raises:
-        NotReadyError: Nobody answers HTTP there within 2 s.
+        NotReadyError: Nobody answers HTTP there within 3 s.
     """
+    lines = {"Host": f"localhost:{port}", "Content-Length": "0", "Connection": "close"}
+    lines |= headers or {}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     try:
-        async with asyncio.timeout(2.0):
-            reader, writer = await asyncio.open_connection(host, port)
+        async with asyncio.timeout(3.0):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", port, ssl=tls, server_hostname="localhost" if tls else None
+            )
             try:
-                writer.write(
-                    f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\n"
-                    "Connection: close\r\n\r\n".encode()
-                )
+                writer.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
                 answer = await reader.read()
             finally:
                 writer.close()
     except (OSError, TimeoutError) as error:
         raise NotReadyError(f"{path}: {str(error) or 'no answer'}") from error
-    head, _, body = answer.partition(b"\r\n\r\n")
-    words = head.split(None, 2)
+    head_bytes, _, body = answer.partition(b"\r\n\r\n")
+    words = head_bytes.split(None, 2)
     if len(words) < 2 or not words[1].isdigit():
         raise NotReadyError(f"{path}: no HTTP answer")
     return int(words[1]), body
