@@ -129,6 +129,19 @@ async def test_a_recipient_that_only_resembles_a_word_is_ordinary(sink: RunningS
     assert len(list_mails(sink.directory)) == 1
 
 
+async def test_a_recipient_beyond_ascii_gets_mail(sink: RunningSink) -> None:
+    """SMTPUTF8 is spoken, and the address is kept as it was."""
+    async with aiosmtplib.SMTP(hostname="127.0.0.1", port=sink.port) as client:
+        await client.sendmail(
+            "shop@example.com",
+            ["zoë@example.com"],
+            "Subject: x\r\n\r\nhi",
+            mail_options=["SMTPUTF8"],
+        )
+    (mail,) = list_mails(sink.directory)
+    assert mail.envelope_to == ("zoë@example.com",)
+
+
 async def test_refused_recipients_do_not_keep_others_from_their_mail(sink: RunningSink) -> None:
     """The envelope names those who were accepted."""
     await sink.send("ada@example.com", "bounce@example.com")
