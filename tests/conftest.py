@@ -7,6 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+# The fixtures that tests of several folders share.
+from tests.databases import databases, empty_database  # noqa: F401
+
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 MARK = "ORDERMESH_TEST_RUN"

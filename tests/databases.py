@@ -1,0 +1,68 @@
+"""Databases of tests: one PostgreSQL for the whole run, a clone of a template for each test.
+
+Starting a server takes a second and migrating a database a quarter of one; copying a
+migrated template takes twenty milliseconds. So every test has a database to itself.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest_asyncio
+
+from meshctl.servers.throwaway import throwaway_postgres
+
+
+class Databases:
+    """The server of this run of the tests."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._templates: set[str] = set()
+
+    def url_of(self, database: str) -> str:
+        """The URL of one database of the server."""
+        return re.sub(r"/[^/]*$", f"/{database}", self.url)
+
+    async def template(self, name: str, prepare: Callable[[str], Awaitable[None]]) -> str:
+        """Makes a template once in the run; `prepare` gets its URL. Answers the name."""
+        if name not in self._templates:
+            await self._execute(f'CREATE DATABASE "{name}"')
+            await prepare(self.url_of(name))
+            self._templates.add(name)
+        return name
+
+    @asynccontextmanager
+    async def cloned(self, template: str = "template1") -> AsyncIterator[str]:
+        """A database like the template, gone after the block; yields its URL."""
+        name = f"test_{secrets.token_hex(6)}"
+        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY file_copy')
+        try:
+            yield self.url_of(name)
+        finally:
+            await self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self.url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def databases() -> AsyncIterator[Databases]:
+    """The PostgreSQL server that all tests share; each takes a database of its own."""
+    async with throwaway_postgres() as url:
+        yield Databases(url)
+
+
+@pytest_asyncio.fixture
+async def empty_database(databases: Databases) -> AsyncIterator[str]:
+    """The URL of a database with nothing in it."""
+    async with databases.cloned() as url:
+        yield url
