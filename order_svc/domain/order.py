@@ -254,7 +254,8 @@ class Order:
         """Places an order: AWAITING_PAYMENT, version 1.
 
         Raises:
-            InvalidInputError: The basket does not add up (see `Basket.total`).
+            InvalidInputError: The basket does not add up (see `Basket.total`), or to more
+                than the settlement currency can hold.
             RuleViolationError: It adds up to something else than was expected.
         """
         total = basket.total()
@@ -271,10 +272,13 @@ class Order:
             )
         settlement = None
         if settlement_rate is not None:
-            settlement = Settlement(
-                amount=convert(total, settlement_rate.value, settlement_currency),
-                rate=settlement_rate,
-            )
+            try:
+                amount = convert(total, settlement_rate.value, settlement_currency)
+            except AmountOutOfRangeError:
+                raise _out_of_range(
+                    "order.lines", f"the total is too large to settle in {settlement_currency}"
+                ) from None
+            settlement = Settlement(amount=amount, rate=settlement_rate)
         return cls(
             merchant=merchant,
             order_id=order_id,
