@@ -157,8 +157,10 @@ class Supervisor:
             try:
                 part.child = None
                 await part.server.prepare()
+                spent = time.monotonic() - began
                 for need in (*part.needs, *(part.first_after if first else ())):
                     await self._by_name[need].ready.wait()
+                began = time.monotonic() - spent  # waiting for others is not its own time
                 await self._start(part, first=first)
             except (MeshError, OSError) as error:
                 if part.child is not None:
