@@ -1,0 +1,1 @@
+"""What an order costs: `make bench` measures it beside a bare echo and a hand-written pipeline."""
