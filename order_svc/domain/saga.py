@@ -12,14 +12,21 @@ so committing the version is sending the command.
 | AWAITING_PAYMENT | payment captured      | CONFIRMED        | PAID               |
 | AWAITING_PAYMENT | payment failed, voided| FAILED           | NONE               |
 | AWAITING_PAYMENT | cancellation asked    | CANCELLING       | as it is           |
+| AWAITING_PAYMENT | refund succeeded      | as it is, needs attention | (PARTIALLY_)REFUNDED |
 | CONFIRMED        | payment captured      | CONFIRMED        | PAID               |
+| CONFIRMED, authorized | failed, voided   | CONFIRMED, needs attention | NONE      |
 | CONFIRMED        | cancellation asked    | CANCELLING       | as it is           |
 | CONFIRMED, COMPLETED | refund succeeded  | as it is         | (PARTIALLY_)REFUNDED |
 | CANCELLING       | authorized, captured  | CANCELLING       | AUTHORIZED, PAID   |
-| CANCELLING       | failed, voided        | CANCELLED        | NONE               |
+| CANCELLING, nothing captured | failed, voided | CANCELLED   | NONE               |
 | CANCELLING       | refunded in full      | CANCELLED        | REFUNDED           |
 | CANCELLING       | refund failed         | CANCELLING, needs attention | as it is |
 | final            | money moved           | as it is, needs attention | what is true |
+
+Facts may be repeated and may overtake each other on their way. A fact that contradicts
+money known to have moved is a straggler and changes nothing: a failure or a void after
+a capture, a part of a refund after the whole. The last row needs no attention where the
+money is back with the customer, or where the order is COMPLETED and a refund is normal.
 """
 
 from __future__ import annotations
@@ -173,8 +180,18 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
             return _recorded(order, fact, PaymentState.PAID, at)
         case PaymentVoided() if order.payment_state is PaymentState.AUTHORIZED:
             return _recorded(order, fact, PaymentState.NONE, at, attention="authorization voided")
-        case RefundSucceeded() if fact.payment_state is not order.payment_state:
-            return _recorded(order, fact, fact.payment_state, at)
+        case PaymentFailed() if order.payment_state is PaymentState.AUTHORIZED:
+            return _recorded(
+                order, fact, PaymentState.NONE, at, attention=f"payment failed: {fact.reason}"
+            )
+        case RefundSucceeded() if _is_news(fact, order):
+            return _recorded(
+                order,
+                fact,
+                fact.payment_state,
+                at,
+                attention="money refunded before it was known to be taken" if waiting else "",
+            )
         case RefundFailed():
             return _recorded(
                 order, fact, order.payment_state, at, attention=f"refund failed: {fact.reason}"
@@ -185,11 +202,11 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
 
 def _on_money_while_cancelling(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
     match fact:
-        case PaymentFailed() | PaymentVoided():
+        case PaymentFailed() | PaymentVoided() if order.payment_state not in _CAPTURED:
             return _cancelled(order, fact, PaymentState.NONE, at)
         case RefundSucceeded() if fact.payment_state is PaymentState.REFUNDED:
             return _cancelled(order, fact, PaymentState.REFUNDED, at)
-        case RefundSucceeded() if fact.payment_state is not order.payment_state:
+        case RefundSucceeded() if _is_news(fact, order):
             return _recorded(order, fact, fact.payment_state, at)
         case RefundFailed():
             return _recorded(
@@ -207,25 +224,64 @@ def _on_money_while_cancelling(fact: PaymentFact, order: Order, at: datetime) ->
 
 
 def _on_money_after_the_end(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
-    """The state stays and the money is recorded; a capture nobody waits for needs attention."""
+    """The state stays and the money is recorded; what nobody waits for needs attention."""
+    completed = order.state is OrderState.COMPLETED
+    money = order.payment_state
     match fact:
-        case PaymentCaptured() | PaymentAuthorized() if (
-            order.state is not OrderState.COMPLETED and order.payment_state is PaymentState.NONE
+        case PaymentCaptured() if not completed and money in (
+            PaymentState.NONE,
+            PaymentState.AUTHORIZED,
         ):
-            money = (
-                PaymentState.PAID if isinstance(fact, PaymentCaptured) else PaymentState.AUTHORIZED
-            )
             return _recorded(
-                order, fact, money, at, attention=f"money taken after {order.state.name}"
+                order,
+                fact,
+                PaymentState.PAID,
+                at,
+                attention=f"money taken after {order.state.name}",
             )
-        case RefundSucceeded() if fact.payment_state is not order.payment_state:
-            return _recorded(order, fact, fact.payment_state, at)
+        case PaymentAuthorized() if not completed and money is PaymentState.NONE:
+            return _recorded(
+                order,
+                fact,
+                PaymentState.AUTHORIZED,
+                at,
+                attention=f"money reserved after {order.state.name}",
+            )
+        case PaymentFailed() | PaymentVoided() if money is PaymentState.AUTHORIZED:
+            return _recorded(
+                order,
+                fact,
+                PaymentState.NONE,
+                at,
+                attention=f"reservation let go after {order.state.name}",
+            )
+        case RefundSucceeded() if _is_news(fact, order):
+            in_part = fact.payment_state is PaymentState.PARTIALLY_REFUNDED
+            return _recorded(
+                order,
+                fact,
+                fact.payment_state,
+                at,
+                attention=(
+                    f"refunded in part after {order.state.name}"
+                    if in_part and not completed
+                    else ""
+                ),
+            )
         case RefundFailed():
             return _recorded(
                 order, fact, order.payment_state, at, attention=f"refund failed: {fact.reason}"
             )
         case _:
             return None
+
+
+_CAPTURED = frozenset({PaymentState.PAID, PaymentState.PARTIALLY_REFUNDED})
+
+
+def _is_news(fact: RefundSucceeded, order: Order) -> bool:
+    """Whether a refund says more than is known; what is refunded stays refunded."""
+    return order.payment_state not in (fact.payment_state, PaymentState.REFUNDED)
 
 
 def _cancelled(order: Order, fact: PaymentFact, money: PaymentState, at: datetime) -> Order:
