@@ -1,0 +1,151 @@
+"""The composition root: the only module that knows every concrete class."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import structlog
+
+from chassis import inbox
+from chassis.broker import connect
+from chassis.database import Database
+from chassis.errors import ServiceError
+from chassis.ids import new_id
+from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
+from chassis.migrations import migrate
+from chassis.paging import PageTokens
+from chassis.runtime import App, Background, Role
+from notify_svc.channels import SmtpChannel
+from notify_svc.commands import Hear, HearHandler
+from notify_svc.consumers import SUBSCRIPTION, event_consumer
+from notify_svc.delivery import Delivery
+from notify_svc.queries import GetNotification, ListNotifications, NotificationQueries
+from notify_svc.rendering import Renderer, address_of
+from notify_svc.servicer import NotificationServicer
+from notify_svc.settings import NotificationSettings
+from notify_svc.storage import PostgresNotifications
+from ordermesh.notification.v1 import notification_service_pb2, notification_service_pb2_grpc
+
+NAME = "notification"
+SWEEP_SECONDS = 300.0
+MEASURE_SECONDS = 15.0
+
+_log = structlog.get_logger("sweep")
+
+
+def every(
+    seconds: float, act: Callable[[], Awaitable[None]]
+) -> Callable[[asyncio.Event], Awaitable[None]]:
+    """Acts now and then again every so many seconds, until told to stop.
+
+    A database that is away is no reason to end the process: the next round comes.
+    """
+
+    async def run(stopping: asyncio.Event) -> None:
+        while not stopping.is_set():
+            try:
+                await act()
+            except ServiceError as error:
+                _log.warning("sweep.failed", reason=error.reason)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), seconds)
+
+    return run
+
+
+async def prepare(settings: NotificationSettings) -> None:
+    """Brings the database to the newest revision, and declares what is listened to.
+
+    Done for every service before any is served, so that no event is published before
+    those who listen to it have a queue.
+    """
+    await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
+    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
+        await broker.declare([SUBSCRIPTION])
+
+
+@contextlib.asynccontextmanager
+async def build(settings: NotificationSettings) -> AsyncIterator[App]:
+    """Opens everything the service uses, wires it, and closes it in reverse."""
+    async with contextlib.AsyncExitStack() as stack:
+        database = await stack.enter_async_context(
+            Database.opened(
+                settings.database_url.get_secret_value(),
+                application_name=NAME,
+                pool_max=settings.database_pool_max,
+            )
+        )
+        broker = await stack.enter_async_context(
+            connect(settings.broker_url.get_secret_value(), name=NAME)
+        )
+        channel = await stack.enter_async_context(
+            SmtpChannel.opened(
+                settings.smtp_server,
+                sender=address_of(settings.mail_from)[1],
+                send_seconds=settings.smtp_timeout_seconds,
+                connections_max=settings.smtp_connections_max,
+            )
+        )
+        merchants = settings.merchants_by_id
+        renderer = Renderer(merchants=merchants, mail_from=settings.mail_from)
+        store = PostgresNotifications(database, new_id=new_id)
+        delivery = Delivery(store=store, renderer=renderer, channel=channel)
+        store.hand_over_to(
+            delivery.offer, room=lambda: delivery.room, lease_seconds=delivery.lease_seconds
+        )
+        queries = NotificationQueries(
+            database, PageTokens(settings.page_token_key.get_secret_value())
+        )
+        behaviours: list[Behaviour] = [measured]
+        if settings.otlp_endpoint:
+            behaviours.insert(0, traced)
+        mediator = Mediator(
+            [
+                Registration(
+                    Hear,
+                    HearHandler(
+                        store=store,
+                        merchants=merchants,
+                        negotiate_locale=renderer.negotiate_locale,
+                        new_id=new_id,
+                    ),
+                ),
+                Registration(GetNotification, queries.get),
+                Registration(ListNotifications, queries.list),
+            ],
+            behaviours,
+        )
+        servicer = NotificationServicer(mediator)
+        consumer = event_consumer(mediator)
+
+        async def consume(stopping: asyncio.Event) -> None:
+            await consumer.run(broker, stopping)
+
+        async def drop_old() -> None:
+            while await inbox.drop_old(database) == 1000:
+                pass
+
+        yield App(
+            servicers=[
+                (
+                    notification_service_pb2.DESCRIPTOR.services_by_name[
+                        "NotificationService"
+                    ].full_name,
+                    lambda server: (
+                        notification_service_pb2_grpc.add_NotificationServiceServicer_to_server(
+                            servicer, server
+                        )
+                    ),
+                )
+            ],
+            background=[
+                Background(Role.CONSUME, "consume", consume),
+                Background(Role.RELAY, "delivery", delivery.worker.run),
+                Background(Role.SWEEP, "sweep", every(SWEEP_SECONDS, drop_old)),
+                Background(Role.SWEEP, "measure", every(MEASURE_SECONDS, store.measure)),
+            ],
+            checks={"database": database.ping},
+        )
