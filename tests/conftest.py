@@ -11,11 +11,6 @@ from hypothesis import settings
 # The fixtures that tests of several folders share.
 from tests.databases import databases, empty_database  # noqa: F401
 
-# The same examples in every run, and no time limit for one: machines are busy, and a run
-# that fails must fail again.
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("repeatable")
-
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
 MARK = "ORDERMESH_TEST_RUN"
