@@ -57,6 +57,13 @@ def test_other_pairs_are_divided_to_eighteen_digits(base: str, quote: str, rate:
     assert found(base, quote).rate == Decimal(rate)
 
 
+def test_the_last_of_eighteen_digits_is_rounded() -> None:
+    """Two thirds end in a seven: nothing is cut off."""
+    rate = a_history("Date,USD,\n2026-10-30,1.5,\n").find("USD", "EUR")
+    assert rate is not None
+    assert str(rate.rate) == "0.666666666666666667"
+
+
 def test_a_surrounding_decimal_context_has_no_say() -> None:
     """Three digits of precision set elsewhere shorten no rate."""
     with localcontext(prec=3):
@@ -110,6 +117,14 @@ def test_a_currency_missing_for_days_has_its_last_rate_for_a_week() -> None:
     assert (rate.day, rate.superseded) == (date(2026, 10, 28), True)
     assert Fraction(rate.rate) == pytest.approx(Fraction("1.2") / Fraction("99.5"))
     assert not found("RUB", "USD", date(2026, 10, 28)).superseded
+
+
+@pytest.mark.parametrize(("last", "known"), [("2026-10-23", True), ("2026-10-22", False)])
+def test_after_a_week_a_missing_currency_has_no_rate(last: str, known: bool) -> None:
+    """Seven days are bridged, the eighth is not."""
+    history = a_history(f"Date,USD,ISK,\n2026-10-30,1.25,N/A,\n{last},1.2,136,\n")
+    assert (history.find("EUR", "ISK") is not None) is known
+    assert ("ISK" in history.currencies()) is known
 
 
 def test_the_currencies_are_those_with_a_rate_today() -> None:

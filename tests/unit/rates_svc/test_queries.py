@@ -204,7 +204,7 @@ async def test_pages_together_are_the_whole_list(page_size: int) -> None:
     service = a_service()
     codes: list[str] = []
     token = ""
-    while True:
+    for _ in range(10):
         page = await service.send(ListCurrencies(page_size=page_size, page_token=token))
         assert 0 < len(page.currencies) <= page_size
         codes += [currency.code for currency in page.currencies]

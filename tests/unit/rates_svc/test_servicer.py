@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import grpc
@@ -19,12 +20,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.type.date_pb2 import Date
 
+from chassis import money
 from chassis.errors import InvalidInputError
 from chassis.mediator import Mediator
 from chassis.paging import PageTokens
 from ordermesh.common.v1.money_pb2 import Money
 from ordermesh.rates.v1 import exchange_rate_service_pb2 as rates_pb2
 from rates_svc import messages
+from rates_svc.rates import Conversion, ExchangeRate
 from rates_svc.servicer import ExchangeRateServicer
 from rates_svc.wiring import registrations
 from tests.unit.rates_svc.a_history import FRIDAY_EVENING, a_history
@@ -116,6 +119,26 @@ def test_currencies_carry_the_digits_of_their_minor_unit(server: grpc_testing.Se
         ("JPY", 0),
     ]
     assert listed.next_page_token
+
+
+def test_no_number_is_written_with_an_exponent() -> None:
+    """Python would print 5E-8 and 1E+4; not every caller's decimal type reads that."""
+    rate = ExchangeRate(
+        base="IDR",
+        quote="EUR",
+        rate=Decimal("5E-8"),
+        provider="ecb",
+        as_of_time=FRIDAY_EVENING,
+        stale=False,
+    )
+    conversion = Conversion(
+        amount=money.Money("EUR", 10_000),
+        exchange_rate=rate,
+        unrounded_minor_units=Decimal("1E+4"),
+    )
+    answer = messages.conversion_to_proto(conversion)
+    assert answer.exchange_rate.rate == "0.00000005"
+    assert answer.unrounded_amount == "10000"
 
 
 def test_day_and_staleness_reach_the_question() -> None:
