@@ -201,6 +201,7 @@ class Payment:
     refunds: tuple[Refund, ...] = ()
     failure_reason: str = ""
     cancel_requested: bool = False
+    cancel_reason: str = ""
     revision: int = 1
     events: int = 0
     fence: int = 0
@@ -277,18 +278,22 @@ class Payment:
         held = [refund.amount for refund in self.refunds if refund.state is not RefundState.FAILED]
         return self.captured - Money.total(held, self.captured.currency_code)
 
+    def announced(self) -> Payment:
+        """The payment once its announcements have been told."""
+        return replace(self, announcements=()) if self.announcements else self
+
     def cancelled(self, *, reason: str, new_id: Callable[[], UUID], at: datetime) -> Payment | None:
         """What its order's cancellation makes of it; None when it was cancelled before."""
         if self.cancel_requested:
             return None
-        marked = self._changed(at, cancel_requested=True)
+        marked = self._changed(at, cancel_requested=True, cancel_reason=reason)
         match self.state:
             case PaymentState.PENDING:
                 return marked._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
             case PaymentState.AUTHORIZED:
                 return marked._with_void_due()
             case PaymentState.CAPTURED:
-                return marked._with_refund_due(reason, new_id, at)
+                return marked._with_refund_due(new_id, at)
             case _:
                 return marked
 
@@ -378,7 +383,7 @@ class Payment:
                     captured=self.amount,
                 )._told(Announcement(Told.SUCCEEDED))
                 if self.cancel_requested:
-                    return settled._with_refund_due("cancelled", new_id, at)
+                    return settled._with_refund_due(new_id, at)
                 return settled
             case Voided():
                 return self._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
@@ -439,11 +444,11 @@ class Payment:
             due_in_seconds=0.0,
         )
 
-    def _with_refund_due(self, reason: str, new_id: Callable[[], UUID], at: datetime) -> Payment:
+    def _with_refund_due(self, new_id: Callable[[], UUID], at: datetime) -> Payment:
         amount = self.refundable
         if not amount:
             return self
-        refund = Refund.new(refund_id=new_id(), amount=amount, reason=reason, at=at)
+        refund = Refund.new(refund_id=new_id(), amount=amount, reason=self.cancel_reason, at=at)
         return replace(self, refunds=(*self.refunds, refund), due=Task.REFUND, due_in_seconds=0.0)
 
     def _with_refund(self, changed: Refund) -> Payment:

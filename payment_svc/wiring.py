@@ -1,0 +1,176 @@
+"""The composition root: the only module that knows every concrete class."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from time import monotonic
+
+import structlog
+
+from chassis import inbox
+from chassis.broker import connect
+from chassis.database import Database
+from chassis.errors import ServiceError
+from chassis.ids import new_id, now
+from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
+from chassis.migrations import migrate
+from chassis.outbox import Outbox
+from chassis.paging import PageTokens
+from chassis.runtime import App, Background, Role
+from ordermesh.payment.v1 import payment_service_pb2, payment_service_pb2_grpc
+from payment_svc.commands import (
+    Answer,
+    FollowOrders,
+    FollowOrdersHandler,
+    Leases,
+    SettlePayments,
+    SettlePaymentsHandler,
+)
+from payment_svc.consumers import SUBSCRIPTION, order_consumer
+from payment_svc.domain.payment import Task
+from payment_svc.gateways import InProcessGateway, PaymentGateway
+from payment_svc.queries import GetPayment, ListPayments, PaymentQueries
+from payment_svc.servicer import PaymentServicer
+from payment_svc.settings import PaymentSettings
+from payment_svc.storage import PostgresPayments
+from payment_svc.worker import PaymentWorker
+
+NAME = "payment"
+SWEEP_SECONDS = 30.0
+
+_log = structlog.get_logger("sweep")
+
+
+async def prepare(settings: PaymentSettings) -> None:
+    """Migrates the database and declares what this service listens to.
+
+    Done for every service before any is served, so that no event is published before
+    those who listen to it have a queue.
+    """
+    await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
+    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
+        await broker.declare([SUBSCRIPTION])
+
+
+def gateway_for(settings: PaymentSettings) -> PaymentGateway:
+    """The provider that the settings name."""
+    match settings.payment_provider:
+        case "in_process":
+            return InProcessGateway()
+
+
+@contextlib.asynccontextmanager
+async def build(
+    settings: PaymentSettings, *, gateway: PaymentGateway | None = None
+) -> AsyncIterator[App]:
+    """Opens everything the service uses, wires it, and closes it in reverse.
+
+    Args:
+        settings: From the environment.
+        gateway: Another provider than the settings name; for tests.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        database = await stack.enter_async_context(
+            Database.opened(
+                settings.database_url.get_secret_value(),
+                application_name=NAME,
+                pool_max=settings.database_pool_max,
+            )
+        )
+        broker = await stack.enter_async_context(
+            connect(settings.broker_url.get_secret_value(), name=NAME)
+        )
+        provider = gateway or gateway_for(settings)
+        outbox = Outbox(database, broker, new_id=new_id)
+        store = PostgresPayments(database, outbox, new_id=new_id)
+        queries = PaymentQueries(database, PageTokens(settings.page_token_key.get_secret_value()))
+        leases = Leases(lease_seconds=settings.payment_lease_seconds, now=now, monotonic=monotonic)
+        behaviours: list[Behaviour] = [measured]
+        if settings.otlp_endpoint:
+            behaviours.insert(0, traced)
+
+        async def settle(answers: Sequence[Answer]) -> None:
+            await mediator.send(SettlePayments(answers=answers))
+
+        payer, resolver = (
+            PaymentWorker(
+                name,
+                tasks,
+                gateway=provider,
+                store=store,
+                settle=settle,
+                leases=leases,
+                now=now,
+                timeout_seconds=settings.provider_timeout_seconds,
+                concurrency=settings.provider_concurrency,
+            )
+            for name, tasks in (
+                ("payments", (Task.CHARGE, Task.VOID, Task.REFUND)),
+                ("resolver", (Task.RESOLVE,)),
+            )
+        )
+        mediator = Mediator(
+            [
+                Registration(
+                    FollowOrders,
+                    FollowOrdersHandler(
+                        store=store,
+                        queue=payer,
+                        leases=leases,
+                        provider=provider.name,
+                        new_id=new_id,
+                        now=now,
+                    ),
+                ),
+                Registration(
+                    SettlePayments,
+                    SettlePaymentsHandler(
+                        store=store, queue=payer, leases=leases, new_id=new_id, now=now
+                    ),
+                ),
+                Registration(GetPayment, queries.get),
+                Registration(ListPayments, queries.list),
+            ],
+            behaviours,
+        )
+        servicer = PaymentServicer(mediator)
+        consumer = order_consumer(mediator)
+
+        async def consume(stopping: asyncio.Event) -> None:
+            await consumer.run(broker, stopping)
+
+        async def sweep(stopping: asyncio.Event) -> None:
+            while not stopping.is_set():
+                try:
+                    await store.measure()
+                    while await inbox.drop_old(database) == 1000:
+                        pass
+                except ServiceError as error:
+                    # A database that is away is no reason to end; the next round tells.
+                    _log.warning("sweep.failed", reason=error.reason)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), SWEEP_SECONDS)
+
+        yield App(
+            servicers=[
+                (
+                    payment_service_pb2.DESCRIPTOR.services_by_name["PaymentService"].full_name,
+                    lambda server: payment_service_pb2_grpc.add_PaymentServiceServicer_to_server(
+                        servicer, server
+                    ),
+                )
+            ],
+            # Whoever settles comes before the relay that carries the events out.
+            background=[
+                Background(Role.CONSUME, "consume", consume),
+                Background(Role.CONSUME, "payments", payer.run),
+                Background(Role.SWEEP, "resolver", resolver.run),
+                Background(Role.RELAY, "relay", outbox.relay.run),
+                Background(Role.SWEEP, "sweep", sweep),
+                Background(Role.SWEEP, "sweep-outbox", outbox.sweep),
+            ],
+            checks={"database": database.ping},
+        )
