@@ -135,6 +135,7 @@ class RateSource(Protocol):
         """How much of `quote` one unit of `base` is worth.
 
         Raises:
+            InvalidInputError: Nobody publishes a rate of this pair.
             UnavailableError: No rate is known that is fresh enough.
         """
         ...

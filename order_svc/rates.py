@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from chassis.errors import UnavailableError
+from chassis.errors import InvalidInputError, UnavailableError
 from order_svc.domain.order import Rate
 from ordermesh.rates.v1 import exchange_rate_service_pb2 as pb
 from ordermesh.rates.v1 import exchange_rate_service_pb2_grpc
@@ -34,7 +34,8 @@ class MeshRates:
         """The newest rate of a pair; never zero, never a guess.
 
         Raises:
-            UnavailableError: The service is away, knows no rate, or only an old one.
+            InvalidInputError: Nobody publishes a rate of this pair.
+            UnavailableError: The service is away, or knows only an old rate.
         """
         name = f"exchangeRates/{base}-{quote}"
         request = pb.GetExchangeRateRequest(name=name)
@@ -44,6 +45,14 @@ class MeshRates:
             found = await self._stub.GetExchangeRate(request, timeout=self._timeout_seconds)
             value = Decimal(found.rate)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                # Repeating the call would not help: nobody publishes such a rate.
+                raise InvalidInputError.of_field(
+                    "CURRENCY_UNKNOWN",
+                    "order.currency_code",
+                    f"there is no exchange rate from {base} to the merchant's {quote}",
+                    given=base,
+                ) from error
             raise _unavailable(name, error.details() or error.code().name) from error
         except InvalidOperation as error:
             raise _unavailable(name, "the rate is no number") from error

@@ -49,7 +49,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
                       "expected": "EUR", "given": "USD"}}
     """
     ERROR_REASON_CURRENCY_UNKNOWN: _ErrorReason.ValueType  # 5
-    """The currency is not one that orders can be placed in.
+    """The currency is not one that orders can be placed in, or no exchange rate
+    to the merchant's settlement currency is published.
     INVALID_ARGUMENT (400). Example:
         {"reason": "CURRENCY_UNKNOWN", "domain": "ordermesh",
          "metadata": {"field": "order.currency_code", "given": "XXX"}}
@@ -113,7 +114,8 @@ order. INVALID_ARGUMENT (400). Example:
                   "expected": "EUR", "given": "USD"}}
 """
 ERROR_REASON_CURRENCY_UNKNOWN: ErrorReason.ValueType  # 5
-"""The currency is not one that orders can be placed in.
+"""The currency is not one that orders can be placed in, or no exchange rate
+to the merchant's settlement currency is published.
 INVALID_ARGUMENT (400). Example:
     {"reason": "CURRENCY_UNKNOWN", "domain": "ordermesh",
      "metadata": {"field": "order.currency_code", "given": "XXX"}}
