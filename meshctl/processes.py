@@ -145,7 +145,8 @@ class Child:
         grace = self.command.grace_seconds if grace_seconds is None else grace_seconds
         self.signal(self.command.stop_signal)
         try:
-            await asyncio.wait_for(asyncio.shield(self.wait()), grace)
+            async with asyncio.timeout(grace):
+                await self.wait()
         except TimeoutError:
             self.kill_group()
             await self.wait()
@@ -211,7 +212,8 @@ async def run_to_end(command: Command, *, within_seconds: float = 60.0) -> None:
     """
     child = await spawn(command)
     try:
-        code = await asyncio.wait_for(asyncio.shield(child.wait()), within_seconds)
+        async with asyncio.timeout(within_seconds):
+            code = await child.wait()
     except TimeoutError as error:
         what = f"did not end within {within_seconds:.0f} s"
         raise ProcessFailedError(command.name, what, command.log) from error
@@ -304,7 +306,8 @@ async def port_answers(port: int) -> None:
         NotReadyError: Nobody does.
     """
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port), 2.0)
+        async with asyncio.timeout(2.0):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
     except (OSError, TimeoutError) as error:
         raise NotReadyError(f"port {port}: {str(error) or 'no answer'}") from error
     writer.close()

@@ -215,7 +215,8 @@ class Supervisor:
 
     async def _check(self, part: Part) -> None:
         try:
-            await asyncio.wait_for(part.server.ready(), 3.0)
+            async with asyncio.timeout(3.0):
+                await part.server.ready()
         except (NotReadyError, TimeoutError, OSError) as error:
             if part.ready.is_set():
                 self._set(part, "unhealthy", str(error) or "no answer within 3 s")

@@ -220,6 +220,8 @@ def sample_lines(state: StateFolder, url: str) -> str:
     key = '"idempotency-key: $(cat /proc/sys/kernel/random/uuid)"'
     method = "ordermesh.order.v1.OrderService/CreateOrder"
     return f"""
+# the mesh is up at {url}
+
 # first, in the shell that is to call the mesh:
 eval "$({meshctl} env --state {place})"
 

@@ -167,7 +167,8 @@ class RabbitMQ:
             raise NotReadyError(str(error)) from error
         try:
             writer.write(b"AMQP\x00\x00\x09\x01")
-            frame = await asyncio.wait_for(reader.readexactly(11), 3.0)
+            async with asyncio.timeout(3.0):
+                frame = await reader.readexactly(11)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise NotReadyError(f"AMQP: {error!r}") from error
         finally:

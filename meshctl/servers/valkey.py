@@ -61,7 +61,8 @@ class Valkey:
             raise NotReadyError(str(error)) from error
         try:
             writer.write(f"AUTH {self.password}\r\nPING\r\n".encode())
-            answer = await asyncio.wait_for(reader.readuntil(b"PONG\r\n"), 2.0)
+            async with asyncio.timeout(2.0):
+                answer = await reader.readuntil(b"PONG\r\n")
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
             raise NotReadyError(f"PING: {error!r}") from error
         finally:
