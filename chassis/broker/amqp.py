@@ -101,6 +101,7 @@ _DEATH: Final = "x-death-time"
 # Dead letters are looked at by taking and returning them, and every return counts; without a
 # limit of its own RabbitMQ 4 would drop a dead letter at its 21st inspection.
 _INSPECTIONS_MAX: Final = 1_000_000_000
+_INSPECTED_MAX: Final = 1000
 
 _COPY_RETRY_SECONDS_MAX: Final = 5.0
 
@@ -547,26 +548,26 @@ class AmqpBroker:
     async def dead_letters(self, consumer: str, *, limit: int = 100) -> list[DeadLetterRecord]:
         """See `chassis.broker.Broker.dead_letters`.
 
-        RabbitMQ shows a message only to who takes it: they are taken and given back, and are
-        invisible to others meanwhile.
+        RabbitMQ shows a message only to who takes it, and puts at the end what is given back.
+        So all of them are taken, up to a thousand, sorted, and given back; nobody else sees
+        them meanwhile.
         """
         connection = await self._publisher.connection()
         records: list[DeadLetterRecord] = []
         async with _in_our_terms(RPC_SECONDS * 2):
             channel = await connection.channel(publisher_confirms=False)
             try:
-                while len(records) < limit:
+                while len(records) < _INSPECTED_MAX:
                     taken = await channel.basic_get(_dead_letter_queue(consumer))
                     if not isinstance(taken.delivery, spec.Basic.GetOk):
                         break
                     records.append(_dead_letter(consumer, taken))
             except aiormq.ChannelNotFoundEntity:
                 return []
-            finally:
-                # Closing the channel gives back whatever it took.
-                if not channel.is_closed:
-                    await channel.close()
-        return records
+            # Closing the channel gives back what it took.
+            await channel.close()
+        records.sort(key=lambda record: record.death_time)
+        return records[:limit]
 
 
 def _dead_letter(consumer: str, taken: DeliveredMessage) -> DeadLetterRecord:
@@ -778,7 +779,7 @@ class _Session:
         properties = held.delivered.header.properties
         original = properties.headers or {}
         headers = {name: value for name, value in original.items() if not name.startswith("x-")}
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat()
         headers[_FIRST_DEATH] = original.get(_FIRST_DEATH, now)
         if isinstance(disposal, SetAside):
             headers[_ATTEMPT] = held.delivery.message.attempt + 1
