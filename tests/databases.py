@@ -1,7 +1,9 @@
-"""Databases of tests: one PostgreSQL for the whole run, a clone of a template for each test.
+"""Databases of tests: one PostgreSQL for the whole run.
 
-Starting a server takes a second and migrating a database a quarter of one; copying a
-migrated template takes twenty milliseconds. So every test has a database to itself.
+Starting a server takes a second, migrating a database a quarter of one, copying a migrated
+one a tenth, and emptying its tables less than a millisecond. So a test that only reads and
+writes rows gets a migrated database, emptied; one that kills what works on a database, or
+changes its schema, gets a copy of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ class Databases:
     def __init__(self, url: str) -> None:
         self.url = url
         self._templates: set[str] = set()
+        self._emptying: dict[str, str] = {}
 
     def url_of(self, database: str) -> str:
         """The URL of one database of the server."""
@@ -36,6 +39,19 @@ class Databases:
             self._templates.add(name)
         return name
 
+    async def emptied(self, name: str, prepare: Callable[[str], Awaitable[None]]) -> str:
+        """A database like the template, without a row from an earlier test; its URL."""
+        working = f"{name}_emptied"
+        url = self.url_of(working)
+        if working not in self._emptying:
+            await self.template(name, prepare)
+            await self._execute(f'CREATE DATABASE "{working}" TEMPLATE "{name}"')
+            tables = await self._fetch(url, _TABLES)
+            self._emptying[working] = "; ".join(f"DELETE FROM {row[0]}" for row in tables)
+        else:
+            await self._execute(self._emptying[working], url)
+        return url
+
     @asynccontextmanager
     async def cloned(self, template: str = "template1") -> AsyncIterator[str]:
         """A database like the template, gone after the block; yields its URL."""
@@ -46,12 +62,25 @@ class Databases:
         finally:
             await self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
-    async def _execute(self, statement: str) -> None:
-        connection = await asyncpg.connect(self.url)
+    async def _execute(self, statement: str, url: str = "") -> None:
+        connection = await asyncpg.connect(url or self.url)
         try:
             await connection.execute(statement)
         finally:
             await connection.close()
+
+    async def _fetch(self, url: str, statement: str) -> list[asyncpg.Record]:
+        connection = await asyncpg.connect(url)
+        try:
+            return list(await connection.fetch(statement))
+        finally:
+            await connection.close()
+
+
+_TABLES = """
+SELECT quote_ident(schemaname) || '.' || quote_ident(tablename) FROM pg_tables
+WHERE schemaname NOT IN ('pg_catalog', 'information_schema') AND tablename <> 'alembic_version'
+"""
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
