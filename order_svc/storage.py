@@ -253,10 +253,14 @@ class PostgresOrders:
             )
         self._outbox.relay.offer(staged)
         await self._refresh([(order, res) for order, res, _ in written])
+        # A twin of a refused placement is refused with it: there is nothing to replay.
+        twins = {
+            placement.request.identity: taken[placement.order.order_id] for placement in refused
+        }
         answers: list[Answer | Exception] = []
         for (placement, _), resource, outcome in zip(jobs, resources, outcomes, strict=True):
             if isinstance(outcome, Replay):
-                answers.append(replayed(outcome))
+                answers.append(twins.get(placement.request.identity) or replayed(outcome))
             elif outcome is not None:
                 answers.append(outcome)
             elif (error := taken.get(placement.order.order_id)) is not None:
