@@ -12,7 +12,7 @@ from typing import IO
 
 import click
 
-from meshctl.credentials import ROLES
+from meshctl.credentials import ROLES, Certificates, TokenKey
 from meshctl.processes import MeshError, last_lines
 from meshctl.resources import deadletter, order, payment, rate
 from meshctl.session import (
@@ -377,6 +377,25 @@ def demo(keep: Path | None, broker: str) -> None:
     differences = run_demo(shared.console, keep=keep, broker=broker, as_json=shared.json)
     if differences:
         raise click.exceptions.Exit(1)
+
+
+@cli.command(
+    epilog=examples(
+        "meshctl credentials /var/lib/ordermesh/tls",
+        "meshctl credentials /var/lib/ordermesh/tls --token default",
+    )
+)
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--token", "merchant", metavar="ID", help="Print a token of this merchant.")
+def credentials(folder: Path, merchant: str | None) -> None:
+    """Makes a development CA, all certificates and the tokens' key, where they are missing.
+
+    docker-compose.yml runs it once; meshctl up does the same for its own state folder.
+    """
+    certificates, key = Certificates(folder), TokenKey(folder)
+    certificates.ensure()
+    key.ensure()
+    click.echo(key.token(merchant=merchant) if merchant else f"certificates in {folder}")
 
 
 def _without_password(url: str) -> str:
