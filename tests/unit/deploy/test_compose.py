@@ -14,8 +14,13 @@ from compose_spec import PyCompose
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
-# The parser knows no merge keys (`<<`), so it is given the file with them resolved.
-RESOLVED = yaml.safe_dump(COMPOSE)
+# The parser knows neither merge keys (`<<`) nor variables, so it is given the file with
+# both resolved.
+RESOLVED = re.sub(
+    r"\$\{[A-Z_]+(?::([-?])([^}]*))?\}",
+    lambda found: found[2] if found[1] == "-" else "given",
+    yaml.safe_dump(COMPOSE),
+)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 
 
