@@ -127,6 +127,7 @@ class CallError(MeshError):
         reason = f" ({self.reason})" if self.reason else ""
         message = f"{self.code}{reason}: {self.status.get('message') or http_status}"
         fields = [f"{v.get('field', '?')}: {v.get('description', '')}" for v in self.violations]
+        fields = [field for field in fields if field not in message]
         super().__init__("\n  ".join([message, *fields]), hint=_hint(self.code))
 
 
@@ -156,7 +157,10 @@ class Edge:
             MeshError: The mesh cannot be reached.
         """
         given = {name: value for name, value in query.items() if value is not None}
-        return self._call("GET", f"{path}?{urlencode(given)}" if given else path)[0]
+        # The transcoder takes %20 for a space and + for a plus.
+        return self._call("GET", f"{path}?{urlencode(given, quote_via=quote)}" if given else path)[
+            0
+        ]
 
     def post(self, path: str, body: Json, *, key: str = "") -> tuple[Json, bool]:
         """Calls a mutation, and answers the resource and whether it was a replay.

@@ -117,16 +117,20 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
         stopping.set()
 
     state = StateFolder(folder)
+    went_well = False
     try:
         run_mesh(state, Options(broker=broker), say=say, up=up)
         mails = len(list_mails(state.mail)) if state.mail.exists() else 0
         console.say("everything is stopped", "good")
         _judge_mails(ways, mails)
+        went_well = not any(way.differences for way in ways)
     finally:
-        if keep is None:
+        if keep is None and went_well:
             shutil.rmtree(folder, ignore_errors=True)
+        elif keep is None:
+            console.note(f"logs and mails are kept in {folder}")
     if not ways:
-        console.note("stopped before the orders were placed")
+        console.note("stopped before the orders went their way")
         return 1
     if as_json:
         console.json([_as_json(way) for way in ways])
