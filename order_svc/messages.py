@@ -15,9 +15,10 @@ from uuid import UUID
 from google.protobuf.message import Message as ProtoMessage
 
 from chassis.context import CallContext
+from chassis.errors import InvalidInputError
 from chassis.events import Event, EventTypes
 from chassis.idempotency import fingerprint_of
-from chassis.money import Money
+from chassis.money import Money, UnknownCurrencyError, minor_unit_digits
 from chassis.request_key import RequestKey
 from chassis.settings import Merchant
 from order_svc.commands import CancelOrder, CreateOrder, PaymentReport, capture_method_of
@@ -75,9 +76,24 @@ def create_order_from_proto(
     """The command of a validated request.
 
     Raises:
+        InvalidInputError: An amount is in a currency that nobody knows; validation knows
+            only the form of its code.
         MoneyError: An amount does not fit, which validation rules out.
     """
+    try:
+        return _create_order(request, merchant)
+    except UnknownCurrencyError as error:
+        raise InvalidInputError.of_field(
+            "CURRENCY_UNKNOWN",
+            _field_in_currency(request, error.currency_code),
+            f"{error.currency_code} is not a currency that orders can be placed in",
+            given=error.currency_code,
+        ) from error
+
+
+def _create_order(request: order_service_pb2.CreateOrderRequest, merchant: Merchant) -> CreateOrder:
     order = request.order
+    minor_unit_digits(order.currency_code)  # the order's own currency is told before a line's
     capture = (
         CaptureMethod(order.capture_method) if order.capture_method else capture_method_of(merchant)
     )
@@ -121,6 +137,22 @@ def create_order_from_proto(
             tax=_optional_money(order, "tax"),
         ),
     )
+
+
+def _field_in_currency(request: order_service_pb2.CreateOrderRequest, code: str) -> str:
+    """Path of the first field that holds this currency code, as the caller wrote it."""
+    order = request.order
+    amounts = [("order", order.currency_code)]
+    amounts += [
+        (f"order.lines[{position}].unit_price", line.unit_price.currency_code)
+        for position, line in enumerate(order.lines)
+    ]
+    amounts += [
+        (f"order.{name}", getattr(order, name).currency_code)
+        for name in ("discount", "shipping", "tax")
+    ]
+    amounts.append(("expected_total", request.expected_total.currency_code))
+    return next(f"{path}.currency_code" for path, found in amounts if found == code)
 
 
 def cancel_order_from_proto(request: order_service_pb2.CancelOrderRequest) -> CancelOrder:
@@ -327,7 +359,7 @@ def report_of(event: Event) -> PaymentReport:
     """What an event of the payment service says about an order's money.
 
     Raises:
-        ValueError: The event names no order.
+        ValueError: The event names no order, or amounts that cannot be.
     """
     payload: Any = event.payload
     merchant, order_id = split_order_name(payload.order)
@@ -345,10 +377,12 @@ def _fact_of(payload: Any) -> PaymentFact:
         case payment_events_pb2.PaymentVoided():
             return PaymentVoided(payment=payload.payment)
         case payment_events_pb2.RefundSucceeded():
+            refunded = _money_from_proto(payload.refunded_total)
+            captured = _money_from_proto(payload.captured_total)
+            if refunded.currency_code != captured.currency_code:
+                raise ValueError(f"{refunded} cannot be a refund of {captured}")
             return RefundSucceeded(
-                payment=payload.payment,
-                refunded_total=_money_from_proto(payload.refunded_total),
-                captured_total=_money_from_proto(payload.captured_total),
+                payment=payload.payment, refunded_total=refunded, captured_total=captured
             )
         case payment_events_pb2.RefundFailed():
             return RefundFailed(payment=payload.payment, reason=payload.failure_reason)
