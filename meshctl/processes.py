@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 # last run is not taken by chance as the near end of somebody's connection.
 _PORTS = range(18_000, 32_000)
 _POLL_SECONDS = 0.015
+_LINE_LENGTH_MAX = 300
 
 # Run by sh with meshctl's pid as $0; a child that was orphaned before it could ask for the
 # signal gives up instead of running on alone.
@@ -59,7 +61,7 @@ class ProcessFailedError(MeshError):
     def __init__(self, name: str, what: str, log: Path) -> None:
         self.process_name = name
         self.log = log
-        self.log_lines = last_lines(log)
+        self.log_lines = [_readable(line) for line in last_lines(log)]
         tail = "".join(f"\n    {line}" for line in self.log_lines)
         super().__init__(f"{name} {what}; its log ({log}) ends with:{tail or ' (nothing)'}")
 
@@ -264,6 +266,21 @@ def last_lines(log: Path, count: int = 12) -> list[str]:
     except FileNotFoundError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-count:]
+
+
+def _readable(line: str) -> str:
+    # Services log JSON, a traceback and all in one line; its end says what happened.
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return line if len(line) <= _LINE_LENGTH_MAX else line[:_LINE_LENGTH_MAX] + "…"
+    if not isinstance(values, dict):
+        return line
+    words = [str(values.pop(name, "")) for name in ("timestamp", "level", "event")]
+    exception = str(values.pop("exception", "")).strip().splitlines()
+    words += [f"{name}={value}" for name, value in values.items() if name != "service"]
+    shown = " ".join(filter(None, words))[:_LINE_LENGTH_MAX]
+    return f"{shown}\n        {exception[-1]}" if exception else shown
 
 
 def port_is_free(port: int) -> bool:
