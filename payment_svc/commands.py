@@ -281,7 +281,7 @@ def work_of(written: Sequence[Held], lease_ends: float) -> list[Work]:
     return [
         Work(
             task=held.payment.in_hand,
-            payment=held.payment,
+            payment=held.payment.announced(),
             context=held.context,
             lease_ends=lease_ends,
         )

@@ -375,9 +375,7 @@ class PostgresPayments:
         written = [held for _, held in rows if held.payment.payment_id in changed]
         await _write_refunds(connection, [held.payment for held in written])
         staged = await self._announce(connection, written)
-        return [
-            Held(payment=held.payment.announced(), context=held.context) for held in written
-        ], staged
+        return written, staged
 
     async def _announce(
         self, connection: AnyConnection, written: Sequence[Held]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
+from typing import Any
 from uuid import UUID
 
 from chassis.money import Money
@@ -133,22 +134,15 @@ class Attempt:
         """The provider key under which the reservation is let go."""
         return f"pv_{self.attempt_id}"
 
-    def moved(
-        self, target: AttemptState, *, reference: str = "", failure_reason: str = ""
-    ) -> Attempt:
-        """The attempt in another state; staying in the same one is no move.
+    def moved(self, target: AttemptState, **changes: Any) -> Attempt:
+        """The attempt in another state, with further changes; the same state is no move.
 
         Raises:
             IllegalTransitionError: The state cannot be left for the new one.
         """
         if target is not self.state and target not in ATTEMPT_TRANSITIONS[self.state]:
             raise IllegalTransitionError(f"attempt {self.attempt_id}", self.state, target)
-        return replace(
-            self,
-            state=target,
-            provider_reference=reference or self.provider_reference,
-            failure_reason=failure_reason or self.failure_reason,
-        )
+        return replace(self, state=target, **changes)
 
     def may_be_resent(self, *, at: datetime, key_ttl: timedelta) -> bool:
         """Whether a charge that the provider does not know may be sent again.

@@ -272,12 +272,6 @@ class Payment:
         """The refund that is under way, if any; there is never more than one."""
         return next((refund for refund in self.refunds if refund.open), None)
 
-    @property
-    def refundable(self) -> Money:
-        """What was captured and is neither given back nor about to be."""
-        held = [refund.amount for refund in self.refunds if refund.state is not RefundState.FAILED]
-        return self.captured - Money.total(held, self.captured.currency_code)
-
     def announced(self) -> Payment:
         """The payment once its announcements have been told."""
         return replace(self, announcements=()) if self.announcements else self
@@ -286,16 +280,19 @@ class Payment:
         """What its order's cancellation makes of it; None when it was cancelled before."""
         if self.cancel_requested:
             return None
-        marked = self._changed(at, cancel_requested=True, cancel_reason=reason)
+        changes: dict[str, Any] = {}
+        told = None
         match self.state:
             case PaymentState.PENDING:
-                return marked._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
+                told = Announcement(Told.VOIDED)
+                changes = self._over(PaymentState.VOIDED, AttemptState.VOIDED)
             case PaymentState.AUTHORIZED:
-                return marked._with_void_due()
+                changes = _void_due(self.attempt)
             case PaymentState.CAPTURED:
-                return marked._with_refund_due(new_id, at)
+                changes = self._refund_due(self.captured, reason, new_id, at)
             case _:
-                return marked
+                pass  # the outcome decides, or has decided already
+        return self._changed(at, told, cancel_requested=True, cancel_reason=reason, **changes)
 
     def taken(self, *, at: datetime, lease_seconds: float) -> Payment:
         """Takes what is due: from now on its holder alone may do it, until the lease ends.
@@ -303,39 +300,38 @@ class Payment:
         Raises:
             ValueError: Nothing is due.
         """
-        if self.due is None:
-            raise ValueError(f"nothing is due for {self.name}")
-        attempt, refund, state = self.attempt, self.open_refund, self.state
+        changes: dict[str, Any] = {}
+        attempt, refund = self.attempt, self.open_refund
         match self.due:
             case Task.CHARGE:
-                attempt = replace(
-                    attempt.moved(AttemptState.SENT), sent_time=attempt.sent_time or at
+                changes["state"] = self._moved(PaymentState.PROCESSING)
+                changes["attempt"] = attempt.moved(
+                    AttemptState.SENT, sent_time=attempt.sent_time or at
                 )
-                state = PaymentState.PROCESSING
             case Task.VOID:
-                attempt = attempt.moved(AttemptState.VOIDING)
+                changes["attempt"] = attempt.moved(AttemptState.VOIDING)
             case Task.REFUND if refund is not None:
-                refund = replace(
-                    refund.moved(RefundState.SUBMITTED), sent_time=refund.sent_time or at
+                changes["refunds"] = self._refunds_with(
+                    refund.moved(RefundState.SUBMITTED, sent_time=refund.sent_time or at)
                 )
             case Task.RESOLVE if refund is not None:
                 # A provider that has named the refund has it: that much is known.
                 if not refund.provider_reference:
-                    refund = refund.moved(RefundState.OUTCOME_UNKNOWN)
+                    changes["refunds"] = self._refunds_with(
+                        refund.moved(RefundState.OUTCOME_UNKNOWN)
+                    )
             case Task.RESOLVE:
-                attempt = attempt.moved(AttemptState.UNKNOWN)
-                state = PaymentState.OUTCOME_UNKNOWN
+                changes["state"] = self._moved(PaymentState.OUTCOME_UNKNOWN)
+                changes["attempt"] = attempt.moved(AttemptState.UNKNOWN)
             case _:
-                raise ValueError(f"{self.due.name} is due for {self.name}, which has no refund")
-        taken = self._with_refund(refund) if refund is not None else self
-        return taken._changed(
+                raise ValueError(f"nothing is due for {self.name} that could be taken")
+        return self._changed(
             at,
-            attempt=attempt,
-            state=taken._moved(state),
             fence=self.fence + 1,
             in_hand=self.due,
             due=Task.RESOLVE,
             due_in_seconds=lease_seconds,
+            **changes,
         )
 
     def settled(
@@ -351,145 +347,149 @@ class Payment:
 
         Raises:
             IllegalTransitionError: The answer contradicts what is final.
+            ValueError: The answer is to another kind of question.
         """
-        settling = self._changed(at, due=None, due_in_seconds=None)
-        refund = self.open_refund
         if isinstance(outcome, RetrySameKey):
-            return replace(settling, due=task, due_in_seconds=outcome.delay_seconds)
+            return self._changed(at, due=task, due_in_seconds=outcome.delay_seconds)
+        refund = self.open_refund
         if refund is not None:
-            return settling._refund_settled(refund, outcome)
-        return settling._charge_settled(outcome, new_id, at)
+            told, changes = self._refund_settled(refund, outcome)
+        else:
+            told, changes = self._charge_settled(outcome, new_id, at)
+        return self._changed(at, told, **{"due": None, "due_in_seconds": None, **changes})
 
     def _charge_settled(
         self, outcome: Outcome, new_id: Callable[[], UUID], at: datetime
-    ) -> Payment:
-        voiding = self.attempt.state is AttemptState.VOIDING
+    ) -> tuple[Announcement | None, dict[str, Any]]:
+        attempt = self.attempt
+        voiding = attempt.state is AttemptState.VOIDING
         match outcome:
             case Authorized(reference):
-                told_before = bool(self.attempt.provider_reference)
-                settled = replace(
-                    self,
-                    state=self._moved(PaymentState.AUTHORIZED),
-                    attempt=self.attempt.moved(AttemptState.AUTHORIZED, reference=reference),
-                )
-                if not told_before:
-                    settled = settled._told(Announcement(Told.AUTHORIZED))
-                return settled._with_void_due() if self.cancel_requested else settled
+                told_before = bool(attempt.provider_reference)
+                attempt = attempt.moved(AttemptState.AUTHORIZED, provider_reference=reference)
+                changes = {
+                    "state": self._moved(PaymentState.AUTHORIZED),
+                    **(_void_due(attempt) if self.cancel_requested else {"attempt": attempt}),
+                }
+                return None if told_before else Announcement(Told.AUTHORIZED), changes
             case Captured(reference):
-                settled = replace(
-                    self,
-                    state=self._moved(PaymentState.CAPTURED),
-                    attempt=self.attempt.moved(AttemptState.CAPTURED, reference=reference),
-                    captured=self.amount,
-                )._told(Announcement(Told.SUCCEEDED))
+                changes = {
+                    "state": self._moved(PaymentState.CAPTURED),
+                    "attempt": attempt.moved(AttemptState.CAPTURED, provider_reference=reference),
+                    "captured": self.amount,
+                }
                 if self.cancel_requested:
-                    return settled._with_refund_due(new_id, at)
-                return settled
+                    changes |= self._refund_due(self.amount, self.cancel_reason, new_id, at)
+                return Announcement(Told.SUCCEEDED), changes
             case Voided():
-                return self._over(PaymentState.VOIDED, AttemptState.VOIDED, Told.VOIDED)
+                return Announcement(Told.VOIDED), self._over(
+                    PaymentState.VOIDED, AttemptState.VOIDED
+                )
             case Declined(code) if not voiding:
-                return self._over(PaymentState.FAILED, AttemptState.DECLINED, Told.FAILED, code)
+                return Announcement(Told.FAILED), self._over(
+                    PaymentState.FAILED, AttemptState.DECLINED, code
+                )
             case Invalid(code) if not voiding:
-                return self._over(PaymentState.FAILED, AttemptState.FAILED, Told.FAILED, code)
+                return Announcement(Told.FAILED), self._over(
+                    PaymentState.FAILED, AttemptState.FAILED, code
+                )
             case Unknown() | Absent() | Invalid() | Declined():
                 # A refusal to let go says that something else is there than we think.
-                return replace(
-                    self,
-                    state=self._moved(PaymentState.OUTCOME_UNKNOWN),
-                    attempt=replace(
-                        self.attempt.moved(AttemptState.UNKNOWN), asked=self.attempt.asked + 1
-                    ),
-                    due=Task.RESOLVE,
-                    due_in_seconds=_pause(self.attempt.asked),
-                )
+                return None, {
+                    "state": self._moved(PaymentState.OUTCOME_UNKNOWN),
+                    "attempt": attempt.moved(AttemptState.UNKNOWN, asked=attempt.asked + 1),
+                    "due": Task.RESOLVE,
+                    "due_in_seconds": _pause(attempt.asked),
+                }
             case Submitted() | Refunded() | RetrySameKey():
                 raise ValueError(f"{outcome} is no answer about a charge")
             case _:
                 assert_never(outcome)
 
-    def _refund_settled(self, refund: Refund, outcome: Outcome) -> Payment:
+    def _refund_settled(
+        self, refund: Refund, outcome: Outcome
+    ) -> tuple[Announcement | None, dict[str, Any]]:
+        asked = refund.asked + 1
         match outcome:
             case Refunded(reference):
-                over = refund.moved(RefundState.SUCCEEDED, reference=reference)
-                return replace(
-                    self._with_refund(over), refunded=self.refunded + refund.amount
-                )._told(Announcement(Told.REFUND_SUCCEEDED, over))
+                refund = refund.moved(RefundState.SUCCEEDED, provider_reference=reference)
+                return Announcement(Told.REFUND_SUCCEEDED, refund), {
+                    "refunds": self._refunds_with(refund),
+                    "refunded": self.refunded + refund.amount,
+                }
             case Declined(code) | Invalid(code):
-                over = refund.moved(RefundState.FAILED, failure_reason=code)
-                return self._with_refund(over)._told(Announcement(Told.REFUND_FAILED, over))
+                refund = refund.moved(RefundState.FAILED, failure_reason=code)
+                return Announcement(Told.REFUND_FAILED, refund), {
+                    "refunds": self._refunds_with(refund)
+                }
             case Submitted(reference):
-                waiting = refund.moved(RefundState.SUBMITTED, reference=reference)
-            case Unknown() | Absent():
-                # What the provider has named stays submitted, however it answers today.
-                waiting = (
-                    refund
-                    if refund.provider_reference
-                    else refund.moved(RefundState.OUTCOME_UNKNOWN)
+                waiting = refund.moved(
+                    RefundState.SUBMITTED, provider_reference=reference, asked=asked
                 )
+            case Unknown() | Absent() if refund.provider_reference:
+                # What the provider has named stays submitted, however it answers today.
+                waiting = refund.moved(RefundState.SUBMITTED, asked=asked)
+            case Unknown() | Absent():
+                waiting = refund.moved(RefundState.OUTCOME_UNKNOWN, asked=asked)
             case Authorized() | Captured() | Voided() | RetrySameKey():
                 raise ValueError(f"{outcome} is no answer about a refund")
             case _:
                 assert_never(outcome)
-        return replace(
-            self._with_refund(replace(waiting, asked=refund.asked + 1)),
-            due=Task.RESOLVE,
-            due_in_seconds=_pause(refund.asked),
-        )
+        return None, {
+            "refunds": self._refunds_with(waiting),
+            "due": Task.RESOLVE,
+            "due_in_seconds": _pause(refund.asked),
+        }
 
-    def _with_void_due(self) -> Payment:
-        return replace(
-            self,
-            attempt=self.attempt.moved(AttemptState.VOIDING),
-            due=Task.VOID,
-            due_in_seconds=0.0,
-        )
-
-    def _with_refund_due(self, new_id: Callable[[], UUID], at: datetime) -> Payment:
-        amount = self.refundable
+    def _refund_due(
+        self, captured: Money, reason: str, new_id: Callable[[], UUID], at: datetime
+    ) -> dict[str, Any]:
+        """A refund of all that is captured and neither given back nor about to be."""
+        held = [refund.amount for refund in self.refunds if refund.state is not RefundState.FAILED]
+        amount = captured - Money.total(held, captured.currency_code)
         if not amount:
-            return self
-        refund = Refund.new(refund_id=new_id(), amount=amount, reason=self.cancel_reason, at=at)
-        return replace(self, refunds=(*self.refunds, refund), due=Task.REFUND, due_in_seconds=0.0)
+            return {}
+        refund = Refund.new(refund_id=new_id(), amount=amount, reason=reason, at=at)
+        return {"refunds": (*self.refunds, refund), "due": Task.REFUND, "due_in_seconds": 0.0}
 
-    def _with_refund(self, changed: Refund) -> Payment:
-        return replace(
-            self,
-            refunds=tuple(
-                changed if refund.refund_id == changed.refund_id else refund
-                for refund in self.refunds
-            ),
+    def _refunds_with(self, changed: Refund) -> tuple[Refund, ...]:
+        return tuple(
+            changed if refund.refund_id == changed.refund_id else refund for refund in self.refunds
         )
 
     def _over(
-        self, state: PaymentState, attempt: AttemptState, told: Told, failure_reason: str = ""
-    ) -> Payment:
-        return replace(
-            self,
-            state=self._moved(state),
-            attempt=self.attempt.moved(attempt, failure_reason=failure_reason),
-            failure_reason=failure_reason,
-            due=None,
-            due_in_seconds=None,
-        )._told(Announcement(told))
-
-    def _told(self, announcement: Announcement) -> Payment:
-        return replace(
-            self, events=self.events + 1, announcements=(*self.announcements, announcement)
-        )
+        self, state: PaymentState, attempt: AttemptState, failure_reason: str = ""
+    ) -> dict[str, Any]:
+        return {
+            "state": self._moved(state),
+            "attempt": self.attempt.moved(attempt, failure_reason=failure_reason),
+            "failure_reason": failure_reason,
+            "due": None,
+            "due_in_seconds": None,
+        }
 
     def _moved(self, target: PaymentState) -> PaymentState:
         if target is not self.state and target not in PAYMENT_TRANSITIONS[self.state]:
             raise IllegalTransitionError(self.name, self.state, target)
         return target
 
-    def _changed(self, at: datetime, **changes: Any) -> Payment:
+    def _changed(self, at: datetime, told: Announcement | None = None, **changes: Any) -> Payment:
+        """One revision further; whatever was in hand is so no longer, unless given."""
+        changes.setdefault("in_hand", None)
+        if told is not None:
+            changes["events"] = self.events + 1
+            changes["announcements"] = (*self.announcements, told)
         return replace(
-            self,
-            revision=self.revision + 1,
-            update_time=max(at, self.update_time),
-            in_hand=None,
-            **changes,
+            self, revision=self.revision + 1, update_time=max(at, self.update_time), **changes
         )
+
+
+def _void_due(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "attempt": attempt.moved(AttemptState.VOIDING),
+        "due": Task.VOID,
+        "due_in_seconds": 0.0,
+    }
 
 
 def _pause(asked: int) -> float:

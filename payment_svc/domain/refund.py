@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
+from typing import Any
 from uuid import UUID
 
 from chassis.money import Money
@@ -76,22 +77,15 @@ class Refund:
         """Whether it may still go through or fail."""
         return bool(REFUND_TRANSITIONS[self.state])
 
-    def moved(
-        self, target: RefundState, *, reference: str = "", failure_reason: str = ""
-    ) -> Refund:
-        """The refund in another state; staying in the same one is no move.
+    def moved(self, target: RefundState, **changes: Any) -> Refund:
+        """The refund in another state, with further changes; the same state is no move.
 
         Raises:
             IllegalTransitionError: The state cannot be left for the new one.
         """
         if target is not self.state and target not in REFUND_TRANSITIONS[self.state]:
             raise IllegalTransitionError(f"refund {self.refund_id}", self.state, target)
-        return replace(
-            self,
-            state=target,
-            provider_reference=reference or self.provider_reference,
-            failure_reason=failure_reason or self.failure_reason,
-        )
+        return replace(self, state=target, **changes)
 
     def may_be_resent(self, *, at: datetime, key_ttl: timedelta) -> bool:
         """Whether a refund that the provider does not know may be sent again."""
