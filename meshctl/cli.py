@@ -113,7 +113,8 @@ def up(
     if report_to is not None:
         running.run_reporting(shared.state, options, report_to)
     elif detach:
-        url = running.start_detached(shared.state, options, shared.console)
+        with shared.console.busy("starting the mesh"):
+            url = running.start_detached(shared.state, options, shared.console)
         shared.console.say(f"the mesh is up at {url}", "good")
         shared.console.result(running.sample_lines(shared.state, url))
         ending = f"{running.program('meshctl')} down --state {shlex.quote(str(shared.state.path))}"
@@ -134,7 +135,8 @@ def down() -> None:
     from meshctl import up as running
 
     shared = session()
-    running.stop(shared.state, shared.console)
+    with shared.console.busy("stopping the mesh"):
+        running.stop(shared.state, shared.console)
     shared.console.say(f"the mesh in {shared.state.path} is down", "good")
 
 

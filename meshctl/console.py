@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from meshctl.processes import MeshError, ProcessFailedError
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 _COLOURS = {"good": "green", "warning": "yellow"}
 
@@ -25,6 +29,27 @@ class Console:
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._broken = False
+        self._busy: Status | None = None
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Shows on a terminal, below everything else, what is being waited for."""
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console as RichConsole
+
+        with RichConsole(stderr=True, highlight=False).status(text) as status:
+            self._busy = status
+            try:
+                yield
+            finally:
+                self._busy = None
+
+    def busy_with(self, text: str) -> None:
+        """Changes what `busy` shows."""
+        if self._busy is not None:
+            self._busy.update(text)
 
     def say(self, text: str, level: str = "progress") -> None:
         """Prints a line of progress, with the seconds since the start."""
@@ -76,7 +101,12 @@ class Console:
         if self._broken:
             return
         try:
-            click.echo(text, file=stream)
+            if self._busy is not None and stream is sys.stderr:
+                from rich.text import Text
+
+                self._busy.console.print(Text.from_ansi(text), soft_wrap=True)
+            else:
+                click.echo(text, file=stream)
         except OSError:
             self._broken = True
 
@@ -106,7 +136,7 @@ def error_as_json(error: MeshError) -> dict[str, Any]:
 
 
 def _cell_style(cell: str) -> str:
-    word = cell.split("\n", maxsplit=1)[0].strip()
+    word = (cell.split() or [""])[0]
     if word in {"healthy", "CONFIRMED", "PAID", "CAPTURED", "SENT", "COMPLETED", "ok"}:
         return "green"
     if word in {"FAILED", "unhealthy", "DEAD", "differs"}:

@@ -114,12 +114,14 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
         began = time.monotonic()
         ways.extend(await _send_all(state, mesh.url, console))
         placed_seconds = time.monotonic() - began
+        console.busy_with("stopping the mesh")
         stopping.set()
 
     state = StateFolder(folder)
     went_well = False
     try:
-        run_mesh(state, Options(broker=broker), say=say, up=up)
+        with console.busy("starting the mesh"):
+            run_mesh(state, Options(broker=broker), say=say, up=up)
         mails = len(list_mails(state.mail)) if state.mail.exists() else 0
         console.say("everything is stopped", "good")
         _judge_mails(ways, mails)
@@ -146,6 +148,7 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
 
 async def _send_all(state: StateFolder, url: str, console: Console) -> list[Way]:
     ways = [Way(number, sample) for number, sample in enumerate(samples(), start=1)]
+    done: set[int] = set()
     console.say(f"placing {len(ways)} orders", "progress")
     async with contextlib.AsyncExitStack() as stack:
         callers = {
@@ -156,7 +159,7 @@ async def _send_all(state: StateFolder, url: str, console: Console) -> list[Way]
             for way in ways:
                 caller = callers[way.sample.merchant]
                 await _place(way, ways, caller)
-                group.create_task(_follow(way, caller, console, len(ways)))
+                group.create_task(_follow(way, caller, console, done, len(ways)))
     return ways
 
 
@@ -186,7 +189,7 @@ async def _place(way: Way, ways: Sequence[Way], caller: Caller) -> None:
             way.differences.append("the answer does not say that it is a repeat's")
 
 
-async def _follow(way: Way, caller: Caller, console: Console, total: int) -> None:
+async def _follow(way: Way, caller: Caller, console: Console, done: set[int], total: int) -> None:
     sample = way.sample
     began = time.monotonic()
     if way.name and sample.repeats is None:
@@ -196,6 +199,8 @@ async def _follow(way: Way, caller: Caller, console: Console, total: int) -> Non
         await _until(way, caller, sample.state, sample.payment_state)
         await _gather(way, caller)
     _judge(way)
+    done.add(way.number)
+    console.busy_with(f"{len(done)} of {total} orders have gone their way")
     words = _outcome(way)
     seconds = time.monotonic() - began
     level: Level = "warning" if way.differences else "good"
@@ -316,8 +321,9 @@ def _steps(way: Way) -> list[str]:
     for event in way.events:
         moment = datetime.fromisoformat(event["occurTime"])
         began = began or moment
-        states = f"{event.get('state', '')} {event.get('paymentState', '')}"
-        steps.append(f"{(moment - began).total_seconds():6.3f} s  {states}")
+        money = event.get("paymentState", "")
+        states = f"{event.get('state', '')} {money if money != 'NONE' else ''}".rstrip()
+        steps.append(f"{(moment - began).total_seconds():.3f} s {states}")
     return steps
 
 
@@ -337,9 +343,11 @@ def _payment_words(way: Way) -> list[str]:
 
 
 def _mail_words(way: Way) -> list[str]:
+    ordered = sorted(way.notifications, key=lambda n: str(n.get("createTime", "")))
     return [
-        f"{n.get('state', '')} {n.get('template', '')} ({n.get('locale', '')})"
-        for n in sorted(way.notifications, key=lambda n: str(n.get("createTime", "")))
+        f"{n.get('template', '')} {n.get('locale', '')}"
+        + ("" if n.get("state") == "SENT" else f" {n.get('state')}")
+        for n in ordered
     ]
 
 

@@ -90,13 +90,16 @@ async def _run(
 
 def run_in_foreground(state: StateFolder, options: Options, console: Console) -> None:
     """Runs a mesh until Ctrl-C, saying on the console what happens."""
+    with contextlib.ExitStack() as starting:
+        starting.enter_context(console.busy("starting the mesh"))
 
-    async def up(mesh: Mesh, stopping: asyncio.Event) -> None:
-        console.say(f"the mesh is up at {mesh.url}", "good")
-        console.result(sample_lines(state, mesh.url))
-        console.note("Ctrl-C stops everything.")
+        async def up(mesh: Mesh, stopping: asyncio.Event) -> None:
+            starting.close()
+            console.say(f"the mesh is up at {mesh.url}", "good")
+            console.result(sample_lines(state, mesh.url))
+            console.note("Ctrl-C stops everything.")
 
-    run_mesh(state, options, say=console.say, up=up)
+        run_mesh(state, options, say=console.say, up=up)
     console.say("everything is stopped", "good")
 
 
@@ -157,7 +160,7 @@ def start_detached(state: StateFolder, options: Options, console: Console) -> st
             os.close(writing)
         try:
             for line in pipe:
-                event = json.loads(line)
+                event: dict[str, Any] = json.loads(line)
                 if "say" in event:
                     console.say(event["say"], event["level"])
                 elif "up" in event:
