@@ -82,11 +82,13 @@ class Console:
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table: with lines and colours on a terminal, aligned columns elsewhere."""
         if sys.stdout.isatty():
+            from rich import box
             from rich.console import Console as RichConsole
             from rich.table import Table
             from rich.text import Text
 
-            table = Table(show_lines=any("\n" in cell for row in rows for cell in row))
+            many_lines = any("\n" in cell for row in rows for cell in row)
+            table = Table(box=box.HORIZONTALS if many_lines else box.SIMPLE, show_lines=many_lines)
             for heading in headings:
                 table.add_column(heading, overflow="fold")
             for row in rows:
