@@ -61,7 +61,7 @@ RETRY_SECONDS = 0.2
 RETRY_SECONDS_MAX = 5.0
 """Upper bound of any pause within a lease, and the pause before the next lease."""
 
-AHEAD = 16
+AHEAD = 32
 """How many pieces of work may wait for each call that may be in flight."""
 
 _log = structlog.get_logger("worker")
@@ -78,7 +78,7 @@ _SECONDS = Histogram(
 )
 # Looking a label up costs more than counting does.
 _SECONDS_OF = {task: _SECONDS.labels(task.name) for task in Task}
-_WENT_WELL = {
+_WENT_WELL: dict[tuple[Task, type[Outcome]], Counter] = {
     (task, kind): _OUTCOMES.labels(task.name, kind.__name__)
     for task in Task
     for kind in (Authorized, Captured, Voided, Refunded)
