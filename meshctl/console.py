@@ -88,7 +88,12 @@ class Console:
             from rich.text import Text
 
             many_lines = any("\n" in cell for row in rows for cell in row)
-            table = Table(box=box.HORIZONTALS if many_lines else box.SIMPLE, show_lines=many_lines)
+            table = Table(
+                box=box.HORIZONTALS if many_lines else box.SIMPLE,
+                show_lines=many_lines,
+                padding=(0, 1, 0, 0),
+                pad_edge=False,
+            )
             for heading in headings:
                 table.add_column(heading, overflow="fold")
             for row in rows:

@@ -85,8 +85,8 @@ def end(processes: Iterable[Found], *, within_seconds: float) -> list[Found]:
     """
     remaining = [process for process in processes if process.alive()]
     for process in remaining:
-        # Of PostgreSQL's processes only the postmaster is asked: it ends the others.
-        polite = signal.SIGINT if process.command == "postgres" else signal.SIGTERM
+        # PostgreSQL takes SIGTERM for a wish to wait until every client has gone.
+        polite = signal.SIGQUIT if process.command == "postgres" else signal.SIGTERM
         process.signal(polite)
     deadline = time.monotonic() + within_seconds
     while remaining and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ class Postgres:
     """
 
     name = "postgres"
-    ready_within_seconds = 30.0
+    ready_within_seconds = 120.0  # after a crash it replays its log first
     administrator = "mesh"
     """The superuser's role."""
 
@@ -174,7 +174,8 @@ class Postgres:
             identity=self._identity().prefix,
             stop_signal=signal.SIGINT,
             hurry_signal=signal.SIGQUIT,
-            death_signal=signal.SIGINT,
+            # Orphaned, it is to be gone at once; what was committed is in the log already.
+            death_signal=signal.SIGQUIT,
             grace_seconds=8.0,
         )
 
