@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -97,8 +97,11 @@ def main(
     try:
         settings = settings_type()
         merchants = settings.merchants_by_id
-    except (ValidationError, ValueError, OSError) as error:
-        sys.stderr.write(f"{service}: the environment is not right:\n{error}\n")
+    except (ValueError, OSError) as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            said = _named(error, settings_type.model_fields)
+        sys.stderr.write(f"{service}: the environment is not right:\n{said}\n")
         return 2
     configure_logs(settings, service)
     flush_spans = configure_tracing(settings, service)
@@ -123,6 +126,20 @@ def main(
         flush_spans()
     _log.info("stopped")
     return 0
+
+
+def _named(error: ValidationError, settings: Container[str]) -> str:
+    """What is wrong, a line for each variable, under the names by which they are set.
+
+    What they hold is not repeated: it may be a secret.
+    """
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        place = [str(part) for part in problem["loc"]]
+        if place and place[0] in settings:
+            place[0] = f"MESH_{place[0].upper()}"
+        lines.append(": ".join(filter(None, [".".join(place), problem["msg"]])))
+    return "\n".join(lines)
 
 
 async def run_app(app: App, settings: ServiceSettings, roles: set[Role]) -> None:

@@ -14,6 +14,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from chassis.money import CURRENCY_CODES
+
+_BROKERS = ("amqp://", "amqps://", "postgresql://", "postgres://", "memory://")
+
 
 class Merchant(BaseModel):
     """One merchant of the merchants file."""
@@ -26,6 +30,13 @@ class Merchant(BaseModel):
     settlement_currency: str = Field(pattern=r"^[A-Z]{3}$")
     capture_method: Literal["automatic", "manual"] = "automatic"
     locale: str = "en"
+
+    @field_validator("settlement_currency")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in CURRENCY_CODES:
+            raise ValueError(f"{value} is not a currency that anybody settles in")
+        return value
 
 
 class _MerchantsFile(BaseModel):
@@ -42,7 +53,12 @@ class ServiceSettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="MESH_", frozen=True, extra="ignore", use_attribute_docstrings=True
+        env_prefix="MESH_",
+        frozen=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+        # What is refused may be a URL with a password in it.
+        hide_input_in_errors=True,
     )
 
     broker_url: SecretStr = SecretStr("")
@@ -126,7 +142,12 @@ class ServiceSettings(BaseSettings):
             OSError: The file cannot be read.
             ValueError: It is malformed, or names a merchant twice.
         """
-        listed = _MerchantsFile.model_validate(json.loads(self.merchants.read_text()))
+        text = self.merchants.read_text()
+        try:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"MESH_MERCHANTS: {self.merchants} is no JSON: {error}") from error
+        listed = _MerchantsFile.model_validate(given)
         by_id = {merchant.id: merchant for merchant in listed.merchants}
         if len(by_id) != len(listed.merchants):
             raise ValueError(f"{self.merchants} names a merchant twice")
@@ -148,3 +169,10 @@ class DatabaseSettings(ServiceSettings):
         if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must begin with postgresql://")
         return value
+
+    @model_validator(mode="after")
+    def _has_a_broker(self) -> DatabaseSettings:
+        # What is written to a database is told to others, so there must be a way.
+        if not self.broker_url.get_secret_value().startswith(_BROKERS):
+            raise ValueError("MESH_BROKER_URL must begin with amqp://, amqps:// or postgresql://")
+        return self
