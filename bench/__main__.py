@@ -31,7 +31,7 @@ from rich.table import Table
 
 from bench.load import Load, Placed
 from meshctl.processes import MeshError, free_port
-from meshctl.servers.rabbitmq import require_rabbitmq
+from meshctl.servers.rabbitmq import RabbitMQ, require_rabbitmq
 from meshctl.state import StateFolder
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +121,12 @@ class Mesh:
             f"@{self.address('postgres')}/{database}"
         )
 
+    @property
+    def broker(self) -> str:
+        """The URL of the private RabbitMQ."""
+        password = self.state.secret("rabbitmq")
+        return f"amqp://{RabbitMQ.user}:{password}@{self.address('rabbitmq')}/{RabbitMQ.vhost}"
+
     def processor(self) -> Processor:
         """The meter of everything that the mesh runs."""
         return Processor({p["name"]: p["pid"] for p in self.status["processes"]})
@@ -173,7 +179,9 @@ async def running(
     )
     try:
         host, _, port = ready.rpartition(":")
-        for _ in range(200):
+        for _ in range(400):
+            if process.returncode is not None:
+                raise click.ClickException(f"{command[0]} ended at once; its error stands above")
             with contextlib.suppress(OSError):
                 _, writer = await asyncio.open_connection(host, int(port))
                 writer.close()
@@ -181,7 +189,8 @@ async def running(
             await asyncio.sleep(0.05)
         yield process.pid
     finally:
-        process.terminate()
+        if process.returncode is None:
+            process.terminate()
         await process.wait()
 
 
@@ -299,7 +308,7 @@ async def measure(mesh: Mesh, *, orders: int, rounds: int, clients: int) -> Benc
                 "BASELINE_DATABASE": mesh.superuser("baseline").replace(
                     "postgresql://", "postgresql+asyncpg://"
                 ),
-                "BASELINE_AMQP": mesh.status["broker_url"],
+                "BASELINE_AMQP": mesh.broker,
             }
             worker = await stack.enter_async_context(
                 running("bench.baseline.worker", environment=environment, ready=echo_address)
