@@ -244,38 +244,9 @@ class SmtpChannel:
         """
         usable = False
         try:
-            size = (
-                (f"SIZE={len(mail.content)}".encode(),) if smtp.supports_extension("size") else ()
-            )
-            try:
-                response = await smtp.execute_command(b"MAIL", self._mail_from, *size)
-            except (SMTPException, OSError):
-                if fresh:
-                    raise
-                raise _StaleConnectionError from None
-            if response.code == _CLOSING and not fresh:
-                raise _StaleConnectionError
-            if response.code == 250:
-                recipient = f"TO:<{mail.address}>".encode("ascii")
-                response = await smtp.execute_command(b"RCPT", recipient)
-            if response.code in (250, 251):
-                try:
-                    response = await smtp.data(mail.content)
-                except SMTPDataError as error:
-                    response = SMTPResponse(error.code, error.message)
-                outcome = _outcome_of(response, mail.address, accepted=response.code == 250)
-            else:
-                outcome = _outcome_of(response, mail.address, accepted=False)
-            if not isinstance(outcome, Accepted) and smtp.is_connected:
-                # What was begun must not be taken for part of the next mail.
-                await smtp.rset()
-            usable = smtp.is_connected
-        except SMTPResponseException as error:
-            return Deferred(f"the mail server answered {error.code}, which means nothing here")
-        except (SMTPException, OSError) as error:
-            _log.warning("connection.lost", error=type(error).__name__)
-            return Deferred("the connection to the mail server was lost")
-        else:
+            outcome = await self._converse(smtp, mail, fresh=fresh)
+            # What was begun and refused must not be taken for part of the next mail.
+            usable = smtp.is_connected and (isinstance(outcome, Accepted) or await _reset(smtp))
             return outcome
         finally:
             if usable:
@@ -283,12 +254,52 @@ class SmtpChannel:
             else:
                 smtp.close()
 
+    async def _converse(self, smtp: SMTP, mail: Mail, *, fresh: bool) -> SendOutcome:
+        """Says who it is from, whom to and what, and answers what came of it.
 
-def _outcome_of(response: SMTPResponse, address: str, *, accepted: bool) -> SendOutcome:
-    if accepted:
-        return Accepted()
-    reason = f"{response.code} {without_addresses(response.message, address)}"
-    return Refused(reason) if 500 <= response.code < 600 else Deferred(reason)
+        Raises:
+            _StaleConnectionError: As `_transact`.
+        """
+        size = (f"SIZE={len(mail.content)}".encode(),) if smtp.supports_extension("size") else ()
+        try:
+            response = await smtp.execute_command(b"MAIL", self._mail_from, *size)
+        except (SMTPException, OSError) as error:
+            if not fresh:
+                raise _StaleConnectionError from None
+            return _broken(smtp, error)
+        if response.code == _CLOSING and not fresh:
+            raise _StaleConnectionError
+        try:
+            if response.code == 250:
+                recipient = f"TO:<{mail.address}>".encode("ascii")
+                response = await smtp.execute_command(b"RCPT", recipient)
+                if response.code in (250, 251):
+                    await smtp.data(mail.content)
+                    return Accepted()
+        except SMTPDataError as error:
+            response = SMTPResponse(error.code, error.message)
+        except (SMTPException, OSError) as error:
+            return _broken(smtp, error)
+        reason = f"{response.code} {without_addresses(response.message, mail.address)}"
+        return Refused(reason) if 500 <= response.code < 600 else Deferred(reason)
+
+
+async def _reset(smtp: SMTP) -> bool:
+    """Forgets a mail that was begun; says whether the connection can be used again."""
+    try:
+        await smtp.rset()
+    except (SMTPException, OSError):
+        return False
+    return smtp.is_connected
+
+
+def _broken(smtp: SMTP, error: Exception) -> Deferred:
+    """Gives up a connection on which nothing sensible was heard."""
+    smtp.close()
+    _log.warning("connection.lost", error=type(error).__name__)
+    if isinstance(error, SMTPResponseException):
+        return Deferred("the mail server answered what no mail server says")
+    return Deferred("the connection to the mail server was lost")
 
 
 def without_addresses(text: str, address: str) -> str:
