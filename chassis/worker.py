@@ -100,33 +100,36 @@ class Worker(Generic[T]):
         next_poll = loop.time()
         try:
             while not stopping.is_set():
-                if self._backlog:
-                    self._begin([self._backlog.popleft() for _ in range(self._take())])
-                elif loop.time() >= next_poll:
+                # Looked for in its time, however much is handed over meanwhile.
+                if loop.time() >= next_poll:
                     claimed = await self._claimed()
-                    if claimed:
-                        self._begin(claimed)
                     if len(claimed) < self._batch_max:
                         next_poll = loop.time() + self._poll_seconds * random.uniform(0.8, 1.2)
-                while len(self._rounds) >= self._rounds_max:
-                    await asyncio.wait(self._rounds, return_when=asyncio.FIRST_COMPLETED)
-                if not self._backlog and (pause := next_poll - loop.time()) > 0:
+                    if claimed:
+                        await self._begin(claimed)
+                if self._backlog:
+                    await self._begin(self._handed_over())
+                elif (pause := next_poll - loop.time()) > 0 and not stopping.is_set():
                     self._wake.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._wake.wait(), pause)
+            self._running = False
+            # What was handed over is done too: other processes would wait out its lease.
+            while self._backlog:
+                await self._begin(self._handed_over())
+            if self._rounds:
+                await asyncio.wait(self._rounds)
         finally:
             self._running = False
             stopped.cancel()
-        # What was handed over is done too: other processes would wait out its lease.
-        while self._backlog:
-            self._begin([self._backlog.popleft() for _ in range(self._take())])
-            while len(self._rounds) >= self._rounds_max:
-                await asyncio.wait(self._rounds, return_when=asyncio.FIRST_COMPLETED)
-        if self._rounds:
-            await asyncio.wait(self._rounds)
+            # Left only when this was cancelled or failed: nothing may go on behind it.
+            for begun in self._rounds:
+                begun.cancel()
+            await asyncio.gather(*self._rounds, return_exceptions=True)
 
-    def _take(self) -> int:
-        return min(len(self._backlog), self._batch_max)
+    def _handed_over(self) -> list[T]:
+        size = min(len(self._backlog), self._batch_max)
+        return [self._backlog.popleft() for _ in range(size)]
 
     async def _claimed(self) -> Sequence[T]:
         try:
@@ -136,10 +139,13 @@ class Worker(Generic[T]):
             _log.warning("claim.failed", worker=self.name, reason=error.reason)
             return ()
 
-    def _begin(self, items: Sequence[T]) -> None:
+    async def _begin(self, items: Sequence[T]) -> None:
+        """Begins a round, and waits until another one may begin."""
         task = asyncio.create_task(self._round(items))
         self._rounds.add(task)
         task.add_done_callback(self._rounds.discard)
+        while len(self._rounds) >= self._rounds_max:
+            await asyncio.wait(self._rounds, return_when=asyncio.FIRST_COMPLETED)
 
     async def _round(self, items: Sequence[T]) -> None:
         try:
