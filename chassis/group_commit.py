@@ -93,6 +93,8 @@ class GroupCommit(Generic[J, R]):
     async def _settle(self, batch: Sequence[tuple[J, asyncio.Future[R]]]) -> None:
         try:
             results = await self._flush([job for job, _ in batch])
+            if len(results) != len(batch):
+                raise ValueError(f"{len(results)} answers to {len(batch)} jobs")
         except UnavailableError as error:
             # Running each job alone would only wait for the same outage again.
             for _, done in batch:
