@@ -106,6 +106,30 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
         {"reason": "INTERNAL", "domain": "ordermesh",
          "metadata": {"correlation_id": "7b1c…"}}
     """
+    ERROR_REASON_ROUTE_NOT_FOUND: _ErrorReason.ValueType  # 15
+    """The edge's: the path, the verb or the host is none of ours. NOT_FOUND (404)
+    over REST, UNIMPLEMENTED over gRPC. Example:
+        {"reason": "ROUTE_NOT_FOUND", "domain": "ordermesh", "metadata": {}}
+    """
+    ERROR_REASON_METHOD_DENIED: _ErrorReason.ValueType  # 16
+    """The edge's: the gRPC method is not public, or the token carries no role that
+    may call it. PERMISSION_DENIED (403). Example:
+        {"reason": "METHOD_DENIED", "domain": "ordermesh", "metadata": {}}
+    """
+    ERROR_REASON_MALFORMED_REQUEST: _ErrorReason.ValueType  # 17
+    """The edge's: JSON, query, path or headers cannot be read; the message says
+    where. INVALID_ARGUMENT (400). Example:
+        {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
+    """
+    ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 18
+    """The edge's: the body is larger than 64 KiB. INVALID_ARGUMENT (413). Example:
+        {"reason": "REQUEST_TOO_LARGE", "domain": "ordermesh", "metadata": {}}
+    """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 19
+    """The edge's: the caller has sent more requests than it may. Wait as RetryInfo
+    and `retry-after` say. RESOURCE_EXHAUSTED (429). Example:
+        {"reason": "RATE_LIMITED", "domain": "ordermesh", "metadata": {}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason enumerates the failures that any service can answer with. The
@@ -197,5 +221,29 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 14
 correlation id. INTERNAL (500). Example:
     {"reason": "INTERNAL", "domain": "ordermesh",
      "metadata": {"correlation_id": "7b1c…"}}
+"""
+ERROR_REASON_ROUTE_NOT_FOUND: ErrorReason.ValueType  # 15
+"""The edge's: the path, the verb or the host is none of ours. NOT_FOUND (404)
+over REST, UNIMPLEMENTED over gRPC. Example:
+    {"reason": "ROUTE_NOT_FOUND", "domain": "ordermesh", "metadata": {}}
+"""
+ERROR_REASON_METHOD_DENIED: ErrorReason.ValueType  # 16
+"""The edge's: the gRPC method is not public, or the token carries no role that
+may call it. PERMISSION_DENIED (403). Example:
+    {"reason": "METHOD_DENIED", "domain": "ordermesh", "metadata": {}}
+"""
+ERROR_REASON_MALFORMED_REQUEST: ErrorReason.ValueType  # 17
+"""The edge's: JSON, query, path or headers cannot be read; the message says
+where. INVALID_ARGUMENT (400). Example:
+    {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
+"""
+ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 18
+"""The edge's: the body is larger than 64 KiB. INVALID_ARGUMENT (413). Example:
+    {"reason": "REQUEST_TOO_LARGE", "domain": "ordermesh", "metadata": {}}
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 19
+"""The edge's: the caller has sent more requests than it may. Wait as RetryInfo
+and `retry-after` say. RESOURCE_EXHAUSTED (429). Example:
+    {"reason": "RATE_LIMITED", "domain": "ordermesh", "metadata": {}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
