@@ -1,0 +1,175 @@
+"""How much one caller may take: bytes, calls, time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import grpc
+import grpc.aio
+import pytest
+
+from ordermesh.order.v1 import order_service_pb2 as order
+from ordermesh.order.v1 import order_service_pb2_grpc as order_grpc
+from tests.integration.edge.harness import (
+    Edge,
+    an_envoy,
+    details_of,
+    reason_of,
+    reason_over_grpc,
+    sent_raw,
+    settings_for,
+    told,
+)
+
+ORDERS = "/v1/merchants/default/orders"
+ORDER = f"{ORDERS}/1"
+NAME = ORDER.removeprefix("/v1/")
+
+
+@pytest.fixture
+def strict_edge(edge: Edge, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """An edge of its own that lets five calls pass, and one more each second."""
+    folder = tmp_path_factory.mktemp("strict")
+    ports = edge.order_stubs[0].ports
+    settings = settings_for(
+        folder, edge.certificates, edge.tokens, {name: [port] for name, port in ports.items()}
+    )
+    settings["limits"] |= {"requests_per_second_per_client": 1, "burst_per_client": 5}
+    with an_envoy(folder, edge.certificates, edge.tokens, settings) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("size", "http2"), [(70_000, True), (70_000, False), (1_000_000, False)])
+async def test_a_body_over_64_kib_is_refused(edge: Edge, size: int, http2: bool) -> None:
+    """413 over REST, INVALID_ARGUMENT over gRPC; trying again would not help."""
+    # Of a much larger body over HTTP/2, the answer comes with a reset of the stream, which
+    # httpx takes for the end before it has read the answer.
+    async with edge.client(http2=http2) as client, edge.channel() as channel:
+        answer = await client.post(ORDERS, json={"paymentMethod": "x" * size})
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await order_grpc.OrderServiceStub(channel).CreateOrder(
+                order.CreateOrderRequest(payment_method="x" * size), metadata=edge.metadata()
+            )
+    assert answer.status_code == 413
+    assert answer.json()["code"] == 3
+    assert reason_of(answer.json()) == "REQUEST_TOO_LARGE"
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_over_grpc(caught.value) == "REQUEST_TOO_LARGE"
+
+
+async def test_a_body_just_under_64_kib_passes(edge: Edge) -> None:
+    """The limit is where it is said to be."""
+    async with edge.client() as client:
+        answer = await client.post(ORDERS, json={"paymentMethod": "x" * 65_400})
+    assert answer.status_code == 200
+
+
+async def test_too_many_or_too_large_headers_are_refused(edge: Edge) -> None:
+    """64 headers and 16 KiB are enough for everyone."""
+    head = f"GET {ORDER} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {edge.token()}\r\n"
+    many = "".join(f"x-h{index}: 1\r\n" for index in range(70))
+    for more in (many, f"x-big: {'x' * 17_000}\r\n", "x_score: 1\r\n"):
+        answer = await sent_raw(edge, f"{head}{more}\r\n".encode())
+        assert answer.split(b" ")[1] in {b"400", b"431"}
+
+
+async def test_a_subject_over_its_limit_is_told_to_wait_and_others_are_not(
+    strict_edge: Edge,
+) -> None:
+    """429 with retry-after over REST, RESOURCE_EXHAUSTED with RetryInfo over gRPC."""
+    async with strict_edge.client(strict_edge.token(sub="greedy")) as client:
+        answers = [await client.get(ORDER) for _ in range(12)]
+    counted = Counter(answer.status_code for answer in answers)
+    assert counted[200] in {5, 6}, "the burst, and what a second gives back"
+    assert counted[429] == 12 - counted[200]
+    refused = answers[-1]
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["code"] == 8
+    assert reason_of(refused.json()) == "RATE_LIMITED"
+    assert details_of(refused.json(), "RetryInfo")["retryDelay"] == "1s"
+    assert answers[0].headers["x-ratelimit-limit"] == "5"
+
+    async with strict_edge.channel() as channel:
+        stub = order_grpc.OrderServiceStub(channel)
+
+        async def three_calls(subject: str) -> None:
+            metadata = strict_edge.metadata(token=strict_edge.token(sub=subject))
+            for _ in range(3):
+                await stub.GetOrder(order.GetOrderRequest(name=NAME), metadata=metadata)
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await three_calls("greedy")
+        await three_calls("modest")
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason_over_grpc(caught.value) == "RATE_LIMITED"
+
+
+async def test_guessing_tokens_uses_up_the_limit_of_the_address(strict_edge: Edge) -> None:
+    """Ten times a subject's burst, then 429 before the token is even looked at."""
+    async with strict_edge.client("not-a-token") as client:
+        answers = await asyncio.gather(*(client.get(ORDER) for _ in range(80)))
+    counted = Counter(answer.status_code for answer in answers)
+    assert 50 <= counted[401] <= 65
+    assert counted[429] == 80 - counted[401]
+
+
+async def test_a_limited_health_check_still_works(strict_edge: Edge) -> None:
+    """A load balancer that shares an address with a flood must not take the edge out."""
+    async with strict_edge.client(token=None) as client:
+        await asyncio.gather(*(client.get(ORDER) for _ in range(60)))
+        assert (await client.get("/healthz")).status_code == 200
+
+
+# --- time -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "seconds"),
+    [("GET", ORDER, 2), ("POST", ORDERS, 10), ("POST", f"{ORDER}:cancel", 10)],
+)
+async def test_a_service_knows_how_long_it_has_over_rest(
+    edge: Edge, method: str, path: str, seconds: int
+) -> None:
+    """2 s for a read, 10 s for a mutation, though REST has no header for it."""
+    async with edge.client() as client:
+        answer = await client.request(method, path, json={} if method == "POST" else None)
+    left = float(told(answer.json())["stub-seconds-left"])
+    assert seconds - 0.5 < left <= seconds
+
+
+@pytest.mark.parametrize(("asked", "least", "most"), [(1.0, 0.7, 1.0), (100.0, 1.5, 2.0)])
+async def test_a_grpc_caller_may_ask_for_less_time_and_not_for_more(
+    edge: Edge, asked: float, least: float, most: float
+) -> None:
+    """The caller's deadline travels, cut to the method's limit."""
+    async with edge.channel() as channel:
+        found = await order_grpc.OrderServiceStub(channel).GetOrder(
+            order.GetOrderRequest(name=NAME), metadata=edge.metadata(), timeout=asked
+        )
+    assert least < float(found.labels["stub-seconds-left"]) <= most
+
+
+async def test_a_read_that_takes_too_long_is_answered_in_time(edge: Edge) -> None:
+    """504 over REST and DEADLINE_EXCEEDED over gRPC after two seconds, not after thirty."""
+
+    async def over_grpc() -> grpc.aio.AioRpcError:
+        async with edge.channel() as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await order_grpc.OrderServiceStub(channel).GetOrder(
+                    order.GetOrderRequest(name="merchants/default/orders/sleep-30000"),
+                    metadata=edge.metadata(),
+                )
+            return caught.value
+
+    started = time.monotonic()
+    async with edge.client() as client:
+        answer, error = await asyncio.gather(client.get(f"{ORDERS}/sleep-30000"), over_grpc())
+    assert time.monotonic() - started < 3
+    assert answer.status_code == 504
+    assert answer.json()["code"] == 4
+    assert reason_of(answer.json()) == "DEADLINE_EXCEEDED"
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert reason_over_grpc(error) == "DEADLINE_EXCEEDED"
