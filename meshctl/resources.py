@@ -519,7 +519,7 @@ def money(amount: str, currency: str) -> Json:
             "currencyCode": currency,
             "minorUnits": str(Money(currency, int(scaled)).minor_units),
         }
-    except (InvalidOperation, MoneyError) as error:
+    except (InvalidOperation, OverflowError, MoneyError) as error:
         raise click.BadParameter(f"{amount!r} is no amount in {currency}: {error}") from error
 
 
