@@ -28,13 +28,13 @@ _READS = Counter("mesh_cache_reads_total", "Reads through the cache, by outcome.
 _HIT, _MISS, _AWAY = (_READS.labels(outcome) for outcome in ("hit", "miss", "away"))
 
 # KEYS are the cache's keys; ARGV is the time to live and then one value per key. The
-# version is a big-endian number in front of the value, so comparing its bytes
-# compares the numbers.
+# version is a big-endian number in front of the value. Numbers are compared, not strings:
+# those the server compares by the rules of its locale, for which 127 may come after 128.
 _PUT = """
 for i, key in ipairs(KEYS) do
   local new = ARGV[i + 1]
   local old = redis.call('GETRANGE', key, 0, 7)
-  if #old < 8 or old <= string.sub(new, 1, 8) then
+  if #old < 8 or struct.unpack('>I8', old) <= struct.unpack('>I8', new) then
     redis.call('SET', key, new, 'EX', ARGV[1])
   end
 end
