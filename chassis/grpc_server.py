@@ -21,6 +21,7 @@ import protovalidate
 import structlog
 from google.api import field_behavior_pb2
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
@@ -131,7 +132,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         self._wrapped[method] = grpc.unary_unary_rpc_method_handler(
             self._around(method.rpartition("/")[2], handler.unary_unary),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_decoding(handler.request_deserializer),
             response_serializer=_serialized,
         )
         return self._wrapped[method]
@@ -139,7 +140,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _around(self, method: str, servicer: Servicer) -> Servicer:
         observe_ok = _SECONDS.labels(method, "OK").observe
 
-        async def handle(request: ProtoMessage, context: Any) -> Any:
+        async def handle(request: ProtoMessage | _Undecodable, context: Any) -> Any:
             begun = time.perf_counter()
             call = CallContext()
             try:
@@ -184,8 +185,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
     async def _handled(
-        self, request: ProtoMessage, context: Any, call: CallContext, servicer: Servicer
+        self,
+        request: ProtoMessage | _Undecodable,
+        context: Any,
+        call: CallContext,
+        servicer: Servicer,
     ) -> Any:
+        if isinstance(request, _Undecodable):
+            raise InvalidInputError(
+                "MALFORMED_REQUEST", f"the request cannot be decoded: {request.why}"
+            )
         shape = self._shape_of(request)
         if shape.has_request_id:
             _take_idempotency_key(request, context, required=shape.request_id_required)
@@ -243,6 +252,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Undecodable:
+    """In the place of a request whose bytes are no message of its type."""
+
+    why: str
+
+
+def _decoding(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """Lets bytes that cannot be decoded reach the handler, which refuses them.
+
+    gRPC itself would answer UNKNOWN, and the edge would count that as a failure of ours.
+    """
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw) if decode is not None else raw
+        except DecodeError as error:
+            return _Undecodable(str(error))
+
+    return decoded
+
+
 def _serialized(answer: Any) -> bytes:
     """Read rows and replays are serialized already; they go out as they are."""
     if isinstance(answer, bytes):
@@ -284,7 +315,8 @@ def _take_idempotency_key(request: Any, context: Any, *, required: bool) -> None
     header = ""
     for key, value in context.invocation_metadata():
         if key == "idempotency-key":
-            header = _plain(value)
+            # As it is: one that is too long for us is malformed, not missing.
+            header = value
             break
     if header and request.request_id and header.lower() != request.request_id.lower():
         raise InvalidInputError.of_field(
