@@ -118,7 +118,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_MALFORMED_REQUEST: _ErrorReason.ValueType  # 17
     """The edge's: JSON, query, path or headers cannot be read; the message says
-    where. INVALID_ARGUMENT (400). Example:
+    where. A service's: the bytes over gRPC are no message of the method's.
+    INVALID_ARGUMENT (400). Example:
         {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
     """
     ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 18
@@ -234,7 +235,8 @@ may call it. PERMISSION_DENIED (403). Example:
 """
 ERROR_REASON_MALFORMED_REQUEST: ErrorReason.ValueType  # 17
 """The edge's: JSON, query, path or headers cannot be read; the message says
-where. INVALID_ARGUMENT (400). Example:
+where. A service's: the bytes over gRPC are no message of the method's.
+INVALID_ARGUMENT (400). Example:
     {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
 """
 ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 18

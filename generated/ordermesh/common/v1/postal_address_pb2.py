@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(ordermesh/common/v1/postal_address.proto\x12\x13ordermesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\"\xdb\x01\n\rPostalAddress\x12\x1b\n\trecipient\x18\x01 \x01(\tB\x08\xbaH\x05r\x03(\xc8\x01\x12&\n\raddress_lines\x18\x02 \x03(\tB\x0f\xbaH\x0c\x92\x01\t\x10\x05\"\x05r\x03(\xc8\x01\x12\x19\n\x08locality\x18\x03 \x01(\tB\x07\xbaH\x04r\x02(d\x12$\n\x13\x61\x64ministrative_area\x18\x04 \x01(\tB\x07\xbaH\x04r\x02(d\x12\x1c\n\x0bpostal_code\x18\x05 \x01(\tB\x07\xbaH\x04r\x02(\x14\x12&\n\x0bregion_code\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{2}$b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(ordermesh/common/v1/postal_address.proto\x12\x13ordermesh.common.v1\x1a\x1b\x62uf/validate/validate.proto\"\xef\x01\n\rPostalAddress\x12\x1f\n\trecipient\x18\x01 \x01(\tB\x0c\xbaH\tr\x07(\xc8\x01\xba\x01\x01\x00\x12*\n\raddress_lines\x18\x02 \x03(\tB\x13\xbaH\x10\x92\x01\r\x10\x05\"\tr\x07(\xc8\x01\xba\x01\x01\x00\x12\x1d\n\x08locality\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06(d\xba\x01\x01\x00\x12(\n\x13\x61\x64ministrative_area\x18\x04 \x01(\tB\x0b\xbaH\x08r\x06(d\xba\x01\x01\x00\x12 \n\x0bpostal_code\x18\x05 \x01(\tB\x0b\xbaH\x08r\x06(\x14\xba\x01\x01\x00\x12&\n\x0bregion_code\x18\x06 \x01(\tB\x11\xbaH\x0er\x0c\x32\n^[A-Z]{2}$b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,17 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ordermesh.common.v1.postal_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_POSTALADDRESS'].fields_by_name['recipient']._loaded_options = None
-  _globals['_POSTALADDRESS'].fields_by_name['recipient']._serialized_options = b'\272H\005r\003(\310\001'
+  _globals['_POSTALADDRESS'].fields_by_name['recipient']._serialized_options = b'\272H\tr\007(\310\001\272\001\001\000'
   _globals['_POSTALADDRESS'].fields_by_name['address_lines']._loaded_options = None
-  _globals['_POSTALADDRESS'].fields_by_name['address_lines']._serialized_options = b'\272H\014\222\001\t\020\005\"\005r\003(\310\001'
+  _globals['_POSTALADDRESS'].fields_by_name['address_lines']._serialized_options = b'\272H\020\222\001\r\020\005\"\tr\007(\310\001\272\001\001\000'
   _globals['_POSTALADDRESS'].fields_by_name['locality']._loaded_options = None
-  _globals['_POSTALADDRESS'].fields_by_name['locality']._serialized_options = b'\272H\004r\002(d'
+  _globals['_POSTALADDRESS'].fields_by_name['locality']._serialized_options = b'\272H\010r\006(d\272\001\001\000'
   _globals['_POSTALADDRESS'].fields_by_name['administrative_area']._loaded_options = None
-  _globals['_POSTALADDRESS'].fields_by_name['administrative_area']._serialized_options = b'\272H\004r\002(d'
+  _globals['_POSTALADDRESS'].fields_by_name['administrative_area']._serialized_options = b'\272H\010r\006(d\272\001\001\000'
   _globals['_POSTALADDRESS'].fields_by_name['postal_code']._loaded_options = None
-  _globals['_POSTALADDRESS'].fields_by_name['postal_code']._serialized_options = b'\272H\004r\002(\024'
+  _globals['_POSTALADDRESS'].fields_by_name['postal_code']._serialized_options = b'\272H\010r\006(\024\272\001\001\000'
   _globals['_POSTALADDRESS'].fields_by_name['region_code']._loaded_options = None
   _globals['_POSTALADDRESS'].fields_by_name['region_code']._serialized_options = b'\272H\016r\0142\n^[A-Z]{2}$'
   _globals['_POSTALADDRESS']._serialized_start=95
-  _globals['_POSTALADDRESS']._serialized_end=314
+  _globals['_POSTALADDRESS']._serialized_end=334
 # @@protoc_insertion_point(module_scope)
