@@ -29,10 +29,10 @@ from chassis.worker import Worker
 from notify_svc.commands import Audience, Recipient, State
 
 BATCH_MAX: Final = 32
-ROUNDS_MAX: Final = 4
-IN_HAND_MAX: Final = BATCH_MAX * ROUNDS_MAX
-"""Mails that a process works on at once. It takes no more into its hands than it begins
-with at once, so that none waits in memory while its lease runs."""
+IN_HAND_PER_CONNECTION: Final = 16
+"""Mails that a process takes into its hands for each connection that it may have. Each of
+them is begun with at once, so their time limit allows a mail server more than a second
+for each mail; more are left in the table, where another process may take them."""
 
 SETTLE_SECONDS: Final = 15.0
 """What a lease allows beyond the time limit of sending, to write down the outcome."""
@@ -166,10 +166,16 @@ class Delivery:
         store: Where notifications are claimed and settled.
         renderer: Makes mails.
         channel: Takes them.
+        in_hand_max: Mails that this process works on at once.
     """
 
     def __init__(
-        self, *, store: DeliveryStore, renderer: MailRenderer, channel: MailChannel
+        self,
+        *,
+        store: DeliveryStore,
+        renderer: MailRenderer,
+        channel: MailChannel,
+        in_hand_max: int,
     ) -> None:
         self._store = store
         self._renderer = renderer
@@ -177,15 +183,17 @@ class Delivery:
         self._settling: GroupCommit[Settlement, State | None] = GroupCommit(
             "settle-notifications", store.settle
         )
+        self._in_hand_max = in_hand_max
         self._in_hand = 0
         self.worker: Worker[Outgoing] = Worker(
             "delivery",
             claim=self._claim,
             perform=self.perform,
             batch_max=BATCH_MAX,
-            rounds_max=ROUNDS_MAX,
-            poll_seconds=0.5,
-            backlog_max=IN_HAND_MAX,
+            # What is in hand is begun with, in however many rounds it came.
+            rounds_max=in_hand_max + 1,
+            poll_seconds=0.2,
+            backlog_max=in_hand_max,
         )
 
     @property
@@ -196,7 +204,7 @@ class Delivery:
     @property
     def room(self) -> int:
         """How many notifications a transaction may claim for this process right now."""
-        return max(IN_HAND_MAX - self._in_hand, 0) if self.worker.running else 0
+        return max(self._in_hand_max - self._in_hand, 0) if self.worker.running else 0
 
     def offer(self, claimed: Sequence[Outgoing]) -> None:
         """Takes what a committed transaction has claimed for this process."""
@@ -217,6 +225,9 @@ class Delivery:
                 raise result
 
     async def _claim(self, limit: int) -> Sequence[Outgoing]:
+        limit = min(limit, self._in_hand_max - self._in_hand)
+        if limit <= 0:
+            return ()
         claimed = await self._store.claim(limit, lease_seconds=self.lease_seconds)
         self._in_hand += len(claimed)
         return claimed

@@ -21,7 +21,7 @@ from chassis.runtime import App, Background, Role
 from notify_svc.channels import SmtpChannel
 from notify_svc.commands import Hear, HearHandler
 from notify_svc.consumers import SUBSCRIPTION, event_consumer
-from notify_svc.delivery import Delivery
+from notify_svc.delivery import IN_HAND_PER_CONNECTION, Delivery
 from notify_svc.queries import GetNotification, ListNotifications, NotificationQueries
 from notify_svc.rendering import Renderer, address_of
 from notify_svc.servicer import NotificationServicer
@@ -92,7 +92,12 @@ async def build(settings: NotificationSettings) -> AsyncIterator[App]:
         merchants = settings.merchants_by_id
         renderer = Renderer(merchants=merchants, mail_from=settings.mail_from)
         store = PostgresNotifications(database, new_id=new_id)
-        delivery = Delivery(store=store, renderer=renderer, channel=channel)
+        delivery = Delivery(
+            store=store,
+            renderer=renderer,
+            channel=channel,
+            in_hand_max=settings.smtp_connections_max * IN_HAND_PER_CONNECTION,
+        )
         store.hand_over_to(
             delivery.offer, room=lambda: delivery.room, lease_seconds=delivery.lease_seconds
         )

@@ -10,7 +10,6 @@ import pytest
 from chassis.errors import UnavailableError
 from notify_svc.commands import State
 from notify_svc.delivery import (
-    IN_HAND_MAX,
     SETTLE_SECONDS,
     Accepted,
     Deferred,
@@ -84,9 +83,12 @@ class Post:
         return self.answer(mail)
 
 
+IN_HAND_MAX = 64
+
+
 def a_delivery(store: Store, post: Post) -> Delivery:
     """The delivery, between the two."""
-    return Delivery(store=store, renderer=Letters(), channel=post)
+    return Delivery(store=store, renderer=Letters(), channel=post, in_hand_max=IN_HAND_MAX)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +206,23 @@ async def test_what_is_handed_over_is_sent_without_being_claimed_again() -> None
 async def test_a_process_that_sends_nothing_claims_nothing() -> None:
     """What it queues is left for one that does."""
     assert a_delivery(Store(), Post()).room == 0
+
+
+async def test_all_that_is_in_hand_is_begun_with_however_it_came() -> None:
+    """Offered one by one, or claimed: none waits in memory while its lease runs."""
+    store, post = Store(*(an_outgoing() for _ in range(10))), Post()
+    post.open.clear()
+    delivery = a_delivery(store, post)
+    stopping = asyncio.Event()
+    running = asyncio.create_task(delivery.worker.run(stopping))
+    await eventually(lambda: len(post.sent) == 10)
+    for _ in range(delivery.room):
+        delivery.offer([an_outgoing()])
+    await eventually(lambda: len(post.sent) == IN_HAND_MAX)
+    post.open.set()
+    await eventually(lambda: len(store.settled) == IN_HAND_MAX)
+    stopping.set()
+    await running
 
 
 async def test_no_more_is_taken_in_hand_than_is_begun_at_once() -> None:
