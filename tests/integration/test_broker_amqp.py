@@ -16,13 +16,16 @@ import pytest_asyncio
 from aiormq.abc import AbstractChannel
 
 from chassis.broker import (
+    Ack,
     Broker,
     ConsumerStuckError,
     DeadLetter,
+    Delivery,
     Message,
     PublishOutcome,
     Retry,
     TopologyError,
+    Verdict,
     amqp,
     connect,
 )
@@ -38,6 +41,7 @@ from tests.suites.broker import (
     Recorder,
     ServerBrokerSuite,
     consuming,
+    number_of,
     outcome_counts,
 )
 
@@ -89,12 +93,17 @@ class TestAmqpBroker(ServerBrokerSuite):
             assert await broker.publish(names.messages(2)) == [CONFIRMED] * 2
 
     async def test_a_consumer_comes_back_when_its_queue_is_deleted(
-        self, server: Throwaway[RabbitMQ], broker: Broker, names: Names
+        self, server: Throwaway[RabbitMQ], names: Names
     ) -> None:
-        """It makes the queue anew and consumes from that."""
+        """Told that it is cancelled, it makes the queue anew and consumes from that."""
         subscription = names.subscription()
         recorder = Recorder()
-        async with channel(server) as operators, consuming(broker, subscription, recorder):
+        limits = replace(LIMITS, watchdog_seconds=600.0)
+        async with (
+            channel(server) as operators,
+            connect(server.url, name="suite", limits=limits) as broker,
+            consuming(broker, subscription, recorder),
+        ):
             await eventually(lambda: self._routable(broker, names))
             await eventually(lambda: recorder.numbers == [0])
             await operators.queue_delete(f"ordermesh.{subscription.consumer}")
@@ -225,19 +234,23 @@ class TestAmqpBroker(ServerBrokerSuite):
     ) -> None:
         """The original is not acknowledged before its copy is confirmed somewhere."""
         subscription = names.subscription()
-        await broker.declare([subscription])
-        async with channel(server) as operators:
-            await operators.queue_delete(f"ordermesh.{subscription.consumer}.dlq")
-            await operators.queue_delete(f"ordermesh.{subscription.consumer}.retry.200ms")
+        queue = f"ordermesh.{subscription.consumer}"
 
-        def judge(delivery: object) -> Retry | DeadLetter:
-            return Retry("later") if len(recorder.calls) == 1 else DeadLetter("BAD", "never")
+        def judge(delivery: Delivery) -> Verdict:
+            if number_of(delivery) == 0:
+                return Ack()
+            return DeadLetter("BAD", "never") if delivery.message.attempt else Retry("later")
 
         recorder = Recorder(judge)
-        async with consuming(broker, subscription, recorder):
+        async with channel(server) as operators, consuming(broker, subscription, recorder):
+            await eventually(lambda: self._routable(broker, names))
+            await eventually(lambda: recorder.numbers == [0])
+            await operators.queue_delete(f"{queue}.dlq")
+            await operators.queue_delete(f"{queue}.retry.200ms")
             await broker.publish([names.message(1)])
             [dead] = await self._dead_letters(broker, subscription, 1)
         assert dead.message.attempt == 1
+        assert recorder.numbers == [0, 1, 1]
 
     async def test_a_watchdog_finds_a_consumer_that_the_broker_has_forgotten(
         self, broker: Broker, names: Names, monkeypatch: pytest.MonkeyPatch

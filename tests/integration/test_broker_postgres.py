@@ -24,7 +24,6 @@ from tests.suites.broker import (
     Recorder,
     ServerBrokerSuite,
     consuming,
-    number_of,
 )
 
 
@@ -110,9 +109,14 @@ class TestPostgresBroker(ServerBrokerSuite):
     async def test_a_publisher_that_is_slow_to_commit_is_not_passed_over(
         self, server: Throwaway[Postgres], broker: Broker, names: Names
     ) -> None:
-        """A row with a lower number that commits later is found, under load too."""
+        """A row with a lower number that commits later is found while the queue is still long."""
         subscription = names.subscription(batch_size=5)
         recorder = Recorder()
+
+        async def busily(deliveries: Sequence[Delivery]) -> Sequence[Verdict]:
+            await asyncio.sleep(0.005)  # work that takes time, so that the queue stays long
+            return await recorder(deliveries)
+
         async with session(server) as connection:
             await broker.declare([subscription])
             transaction = connection.transaction()
@@ -123,12 +127,12 @@ class TestPostgresBroker(ServerBrokerSuite):
                 " FROM mesh_broker.queue WHERE consumer = $1",
                 subscription.consumer,
             )
-            await broker.publish(names.messages(200))
-            async with consuming(broker, subscription, recorder):
+            await broker.publish(names.messages(3000))
+            async with consuming(broker, subscription, busily):
                 await eventually(lambda: len(recorder.numbers) >= 50)
                 await transaction.commit()
-                await eventually(lambda: len(recorder.numbers) == 201)
-        assert 4242 in recorder.numbers
+                await eventually(lambda: 4242 in recorder.numbers)
+        assert len(recorder.numbers) < 3000
 
     async def test_a_lease_is_renewed_while_its_handler_works(
         self, server: Throwaway[Postgres], broker: Broker, names: Names
@@ -231,4 +235,3 @@ class TestPostgresBroker(ServerBrokerSuite):
         assert sorted(numbers) == list(range(3000))
         counts = {delivery.delivery_count for one in recorders for delivery in one.deliveries}
         assert counts == {0}
-        assert all(number_of(one.deliveries[0]) >= 0 for one in recorders if one.deliveries)

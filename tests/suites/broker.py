@@ -373,7 +373,7 @@ class BrokerSuite:
         self, broker: Broker, backend: Backend, names: Names
     ) -> None:
         """A redelivered message is handled alone; those behind it go in batches again."""
-        subscription = names.subscription()
+        subscription = names.subscription(batch_size=4)
         await broker.declare([subscription])
         await broker.publish(names.messages(8))
         begun = asyncio.Event()
