@@ -58,6 +58,7 @@ from uuid import UUID
 from chassis.errors import InvalidInputError
 from chassis.money import Money
 from payment_svc.domain.attempt import (
+    ATTEMPT_TRANSITIONS,
     Attempt,
     AttemptState,
     ChargeTerms,
@@ -346,9 +347,11 @@ class Payment:
             at: The time by our clock.
 
         Raises:
-            IllegalTransitionError: The answer contradicts what is final.
+            IllegalTransitionError: Nothing is open, or the answer contradicts the state.
             ValueError: The answer is to another kind of question.
         """
+        if not ATTEMPT_TRANSITIONS[self.attempt.state] and self.open_refund is None:
+            raise IllegalTransitionError(self.name, self.state, task)
         if isinstance(outcome, RetrySameKey):
             return self._changed(at, due=task, due_in_seconds=outcome.delay_seconds)
         refund = self.open_refund
