@@ -10,7 +10,7 @@ UV_COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --g
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-dev demo up check lint types imports lint-protos proto-check \
-	check-envoy check-settings test test-servers fmt proto settings release-protos lock upgrade bench clean
+	check-envoy check-settings check-image test test-servers fmt proto settings release-protos lock upgrade bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ check-envoy: setup-dev ## Envoy accepts every rendering of its configuration
 
 check-settings: setup-dev ## docs/settings.md is what the settings classes say
 	@$(BIN)/python -m tools.settings_table --check docs/settings.md
+
+check-image: ## build the container image without an engine (root, Debian, five minutes)
+	@deploy/check_image.sh
 
 test-servers: ## install the servers that tests need and no wheel holds (RabbitMQ)
 	@tools/install_test_servers.sh
