@@ -211,6 +211,46 @@ async def serving(
         server.close()
 
 
+class Tired(Keeper):
+    """Takes one mail over a connection; when the next begins it says 421, or just hangs up."""
+
+    def __init__(self, *, politely: bool) -> None:
+        super().__init__()
+        self._politely = politely
+
+    async def handle_MAIL(
+        self, server: Any, session: Any, envelope: Any, address: str, options: list[str]
+    ) -> str:
+        """Accepts the first of a connection."""
+        session.mails = getattr(session, "mails", 0) + 1
+        if session.mails == 1:
+            envelope.mail_from = address
+            return "250 OK"
+        if not self._politely:
+            server.transport.abort()
+        return "421 4.7.0 Enough for today"
+
+
+@pytest.mark.parametrize("politely", [True, False])
+async def test_a_connection_that_has_had_enough_is_replaced_at_once(politely: bool) -> None:
+    """Nothing of the mail was taken, so it goes over a fresh one and is not put off."""
+    tired = Tired(politely=politely)
+    sessions: list[SMTP] = []
+
+    def session() -> SMTP:
+        sessions.append(SMTP(tired, hostname="mx"))
+        return sessions[-1]
+
+    async with (
+        serving(session) as port,
+        a_channel(f"smtp://127.0.0.1:{port}") as channel,
+    ):
+        for _ in range(3):
+            assert await channel.send(Mail("ada@example.com", CONTENT)) == Accepted()
+    assert tired.accepted == 3
+    assert len(sessions) == 3
+
+
 @contextlib.asynccontextmanager
 async def answering(*answers: bytes) -> AsyncIterator[int]:
     """Greets, then gives the answers one by one, whatever is said; yields the port."""
