@@ -208,6 +208,13 @@ async def test_with_no_replica_left_callers_are_told_to_wait_until_one_is_back(
         assert reason_of(answer.json()) == "DEPENDENCY_UNAVAILABLE"
         assert details_of(answer.json(), "RetryInfo")["retryDelay"] == "1s"
         assert (await client.get("/healthz")).status_code == 503
+
+        async def reasons() -> set[str]:
+            await client.get(ORDER)
+            return {line["details"] for line in own_edge.access_log()}
+
+        # Nothing is sent to replicas that are known to be dead.
+        await eventually(reasons, until=lambda found: "no_healthy_upstream" in found)
         with a_stub(own_edge.folder / "tls", ["order"], "a", [port]):
 
             async def well_again() -> None:

@@ -116,6 +116,7 @@ async def test_a_large_answer_passes(edge: Edge) -> None:
         ("DELETE", ORDER),
         ("OPTIONS", ORDER),
         ("GET", f"{ORDER}:cancel"),
+        ("GET", f"{ORDER}:frob"),
         ("POST", f"{ORDER}:frob"),
         ("POST", "/ordermesh.order.v1.OrderService/GetOrder"),
     ],
