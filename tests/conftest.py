@@ -1,5 +1,6 @@
 """What holds for every test: a clean environment, and nothing left running behind it."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def pytest_configure() -> None:
 def _started_by_us() -> list[psutil.Process]:
     """The tests' processes that run still, those that lost their parent among them."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["cmdline", "name"]):
         try:
             marked = process.environ().get(MARK) == os.environ[MARK]
             if marked and process.pid != os.getpid():
@@ -65,20 +66,29 @@ def _started_by_us() -> list[psutil.Process]:
     return found
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether a process is more than an entry that its parent has not read yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Fails the run, and ends them, when tests leave processes behind."""
     yield
     started = _started_by_us()
     _, running = psutil.wait_procs(started, timeout=LEAVE_SECONDS if started else 0)
-    left = [process for process in running if process.status() != psutil.STATUS_ZOMBIE]
+    left = [process for process in running if _is_alive(process)]
     if not left:
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for process in left:
         if reporter is not None:
-            command = " ".join(process.cmdline()) or process.name()
+            command = " ".join(process.info["cmdline"] or [process.info["name"]])
             reporter.ensure_newline()
             reporter.write_line(f"left running: {process.pid} {command}", red=True)
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
