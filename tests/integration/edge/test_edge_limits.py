@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import grpc.aio
+import h2.config
+import h2.connection
 import pytest
 
 from ordermesh.order.v1 import order_service_pb2 as order
 from ordermesh.order.v1 import order_service_pb2_grpc as order_grpc
+from ordermesh.rates.v1 import exchange_rate_service_pb2 as rates
+from ordermesh.rates.v1 import exchange_rate_service_pb2_grpc as rates_grpc
+from tests.eventually import eventually
 from tests.integration.edge.harness import (
     Edge,
     an_envoy,
@@ -121,6 +129,84 @@ async def test_a_limited_health_check_still_works(strict_edge: Edge) -> None:
     async with strict_edge.client(token=None) as client:
         await asyncio.gather(*(client.get(ORDER) for _ in range(60)))
         assert (await client.get("/healthz")).status_code == 200
+
+
+async def test_more_connections_than_allowed_are_refused_and_the_mesh_goes_on(
+    edge: Edge, tmp_path: Path
+) -> None:
+    """A flood of connections at the edge leaves the internal listener and the admin alone."""
+    ports = edge.order_stubs[0].ports
+    settings = settings_for(
+        tmp_path, edge.certificates, edge.tokens, {name: [port] for name, port in ports.items()}
+    )
+    settings["limits"]["max_connections"] = 8
+    with an_envoy(tmp_path, edge.certificates, edge.tokens, settings) as small:
+        held = [await asyncio.open_connection("127.0.0.1", small.port) for _ in range(8)]
+        try:
+
+            async def turned_away() -> bool:
+                reader, writer = await asyncio.open_connection("127.0.0.1", small.port)
+                try:
+                    return await asyncio.wait_for(reader.read(1), 0.5) == b""
+                except TimeoutError:
+                    return False
+                except ConnectionError:
+                    return True
+                finally:
+                    writer.close()
+
+            assert await eventually(turned_away)
+            assert small.admin("/ready").status_code == 200
+            async with small.internal_channel("order") as channel:
+                await rates_grpc.ExchangeRateServiceStub(channel).GetExchangeRate(
+                    rates.GetExchangeRateRequest(name="exchangeRates/USD-EUR"), timeout=5
+                )
+        finally:
+            for _, writer in held:
+                writer.close()
+
+        async def let_in() -> bool:
+            async with small.client() as client:
+                return (await client.get(ORDER)).status_code == 200
+
+        assert await eventually(let_in)
+
+
+async def test_a_client_that_resets_what_it_opens_is_cut_off(edge: Edge) -> None:
+    """Rapid reset (CVE-2023-44487): a connection full of abandoned streams is ended."""
+    context = ssl.create_default_context(cafile=str(edge.certificates.ca))
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection("localhost", edge.port, ssl=context)
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    head = [
+        (":method", "GET"),
+        (":scheme", "https"),
+        (":authority", "localhost"),
+        (":path", ORDER),
+        ("authorization", f"Bearer {edge.token()}"),
+    ]
+    opened = 0
+    try:
+        async with asyncio.timeout(20):
+            while opened < 5000 and not reader.at_eof():
+                for _ in range(50):
+                    stream = client.get_next_available_stream_id()
+                    client.send_headers(stream, head, end_stream=True)
+                    client.reset_stream(stream)
+                    opened += 1
+                writer.write(client.data_to_send())
+                await writer.drain()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(65_536), 0.01)
+    except ConnectionError:
+        pass  # cut off while writing
+    finally:
+        writer.close()
+    assert opened < 5000
+    assert edge.counters("^http.edge.downstream_cx_destroy_local$") != {
+        "http.edge.downstream_cx_destroy_local": 0
+    }
 
 
 # --- time -------------------------------------------------------------------------------
