@@ -24,6 +24,7 @@ from meshctl.session import (
     session,
     state_option,
 )
+from meshctl.state import NotRunningError
 
 _TOKEN_LIFETIME_MAX = 24 * 3600
 """The embedded edge refuses tokens that live longer."""
@@ -151,7 +152,13 @@ def down() -> None:
 def status() -> None:
     """Shows what runs, where, and how it is."""
     shared = session()
-    run = shared.state.running()
+    try:
+        run = shared.state.running()
+    except NotRunningError as error:
+        if not shared.json:
+            raise
+        shared.console.json({"state": "stopped", "url": None, "processes": []})
+        raise click.exceptions.Exit(error.exit_code) from error
     if shared.json:
         from dataclasses import asdict
 

@@ -220,3 +220,12 @@ def test_without_a_mesh_commands_exit_3_and_say_how_to_start_one(
     assert done.exit_code == 3
     assert "meshctl up" in done.output
     assert not (tmp_path / "none").exists()
+
+
+def test_a_program_that_asks_for_the_status_of_no_mesh_gets_json_and_exit_code_3(
+    tmp_path: Path,
+) -> None:
+    """The same shape as of a running one."""
+    done = CliRunner().invoke(cli, ["status", "--json", "--state", str(tmp_path / "none")])
+    assert done.exit_code == 3
+    assert json.loads(done.output) == {"state": "stopped", "url": None, "processes": []}
