@@ -312,11 +312,11 @@ class GrpcCaller:
 
 
 @asynccontextmanager
-async def rest_caller(access: Access) -> AsyncIterator[RestCaller]:
-    """A caller over REST, on HTTP/2, who trusts the mesh's own CA alone."""
+async def rest_caller(access: Access, *, http2: bool = True) -> AsyncIterator[RestCaller]:
+    """A caller over REST who trusts the mesh's own CA alone."""
     tls = ssl.create_default_context(cafile=str(access.ca))
     async with httpx.AsyncClient(
-        base_url=access.url, verify=tls, http2=True, timeout=CALL_SECONDS_MAX, trust_env=False
+        base_url=access.url, verify=tls, http2=http2, timeout=CALL_SECONDS_MAX, trust_env=False
     ) as client:
         yield RestCaller(client, access.token)
 
