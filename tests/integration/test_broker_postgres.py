@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -191,6 +193,24 @@ class TestPostgresBroker(ServerBrokerSuite):
                 )
             assert confirmed
             await eventually(lambda: confirmed <= set(recorder.numbers), 30)
+
+    async def test_a_session_that_hangs_makes_outcomes_unknown_and_is_replaced(
+        self, server: Throwaway[Postgres], broker: Broker, names: Names
+    ) -> None:
+        """A frozen backend costs one time limit; the next publish has another connection."""
+        await broker.declare([names.subscription()])
+        async with session(server) as administrator:
+            backend = await administrator.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'suite publish'"
+            )
+        os.kill(backend, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            assert await broker.publish([names.message(1)]) == [PublishOutcome.UNKNOWN]
+            assert time.monotonic() - began < LIMITS.publish_seconds_max + 1.5
+            assert await broker.publish([names.message(2)]) == [CONFIRMED]
+        finally:
+            os.kill(backend, signal.SIGCONT)
 
     async def test_a_value_that_no_row_can_hold_is_refused_alone(
         self, broker: Broker, names: Names
