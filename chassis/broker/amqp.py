@@ -27,7 +27,7 @@ between makes a duplicate and no loss.
 included; a connection is never repaired. That one path serves restarts of the broker, lost
 networks, queues that were deleted and consumers that were cancelled.
 
-The client is aiormq, the layer beneath aio-pika, for two fifths less CPU time for a message
+The client is aiormq, the layer beneath aio-pika, for a third less processor time for a message
 and because nothing of aio-pika's repairing is wanted (docs/adr/0014).
 """
 
