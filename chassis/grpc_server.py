@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -206,11 +207,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await servicer(request, context)
         if remaining < HOP_SECONDS:
             raise _too_late()
+        clock = asyncio.timeout(remaining - HOP_SECONDS / 2)
         try:
-            async with asyncio.timeout(remaining - HOP_SECONDS / 2):
+            async with clock:
                 return await servicer(request, context)
         except TimeoutError:
-            raise _too_late() from None
+            if clock.expired():
+                raise _too_late() from None
+            raise  # something that we waited for, while the caller still has time
 
     def _shape_of(self, request: ProtoMessage) -> _RequestShape:
         shape = self._shapes.get(request.DESCRIPTOR)
@@ -405,6 +409,8 @@ async def _abort(context: Any, error: ServiceError) -> NoReturn:
         delay.FromMicroseconds(int(error.retry_after_seconds * 1_000_000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
         trailing.append(("grpc-retry-pushback-ms", str(int(error.retry_after_seconds * 1000))))
+        # Becomes an HTTP header on REST, which counts in whole seconds (RFC 9110, 10.2.3).
+        trailing.append(("retry-after", str(math.ceil(error.retry_after_seconds))))
     code = grpc.StatusCode[error.status]
     packed = []
     for detail in details:
