@@ -11,7 +11,7 @@ from time import monotonic
 import structlog
 
 from chassis import inbox
-from chassis.broker import connect
+from chassis.broker import Limits, connect
 from chassis.database import Database
 from chassis.errors import ServiceError
 from chassis.ids import new_id, now
@@ -64,13 +64,17 @@ def gateway_for(settings: PaymentSettings) -> PaymentGateway:
 
 @contextlib.asynccontextmanager
 async def build(
-    settings: PaymentSettings, *, gateway: PaymentGateway | None = None
+    settings: PaymentSettings,
+    *,
+    gateway: PaymentGateway | None = None,
+    limits: Limits | None = None,
 ) -> AsyncIterator[App]:
     """Opens everything the service uses, wires it, and closes it in reverse.
 
     Args:
         settings: From the environment.
         gateway: Another provider than the settings name; for tests.
+        limits: Other numbers of the broker's behaviour than the usual ones; for tests.
     """
     async with contextlib.AsyncExitStack() as stack:
         database = await stack.enter_async_context(
@@ -81,7 +85,7 @@ async def build(
             )
         )
         broker = await stack.enter_async_context(
-            connect(settings.broker_url.get_secret_value(), name=NAME)
+            connect(settings.broker_url.get_secret_value(), name=NAME, limits=limits)
         )
         provider = gateway or gateway_for(settings)
         outbox = Outbox(database, broker, new_id=new_id)
