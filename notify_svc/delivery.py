@@ -10,6 +10,7 @@ one send the mail again, under the same Message-ID and byte for byte the same
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -36,6 +37,12 @@ for each mail; more are left in the table, where another process may take them."
 
 SETTLE_SECONDS: Final = 15.0
 """What a lease allows beyond the time limit of sending, to write down the outcome."""
+
+SETTLE_EVERY_SECONDS: Final = 0.01
+"""The shortest time between two commits of outcomes. Nobody waits for them, so several share
+one; it also bounds what a crash may send twice to the mails of so short a time."""
+
+_ROOM_SECONDS = 0.05
 
 _log = structlog.get_logger("delivery")
 _OUTCOMES = Counter(
@@ -181,15 +188,17 @@ class Delivery:
         self._renderer = renderer
         self._channel = channel
         self._settling: GroupCommit[Settlement, State | None] = GroupCommit(
-            "settle-notifications", store.settle
+            "settle-notifications", self._settle_together
         )
         self._in_hand_max = in_hand_max
+        self._batch_max = min(BATCH_MAX, in_hand_max)
         self._in_hand = 0
+        self._freed = asyncio.Event()
         self.worker: Worker[Outgoing] = Worker(
             "delivery",
             claim=self._claim,
             perform=self.perform,
-            batch_max=BATCH_MAX,
+            batch_max=self._batch_max,
             # What is in hand is begun with, in however many rounds it came.
             rounds_max=in_hand_max + 1,
             poll_seconds=0.2,
@@ -213,18 +222,20 @@ class Delivery:
 
     async def perform(self, batch: Sequence[Outgoing]) -> None:
         """Sends a batch, each mail by itself, and settles each as soon as it is known."""
-        try:
-            # One that fails must not keep us from waiting for the others.
-            results = await asyncio.gather(
-                *(self._deliver(outgoing) for outgoing in batch), return_exceptions=True
-            )
-        finally:
-            self._in_hand = max(self._in_hand - len(batch), 0)
+        # One that fails must not keep us from waiting for the others.
+        results = await asyncio.gather(
+            *(self._deliver(outgoing) for outgoing in batch), return_exceptions=True
+        )
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
     async def _claim(self, limit: int) -> Sequence[Outgoing]:
+        if self._in_hand_max - self._in_hand < limit:
+            # Soon there is room for a whole batch, unless the mail server is slow.
+            self._freed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._freed.wait(), _ROOM_SECONDS)
         limit = min(limit, self._in_hand_max - self._in_hand)
         if limit <= 0:
             return ()
@@ -233,31 +244,39 @@ class Delivery:
         return claimed
 
     async def _deliver(self, outgoing: Outgoing) -> None:
-        with entered(outgoing.context):
-            clock = asyncio.get_running_loop().time
-            if clock() + self._channel.send_seconds > outgoing.lease_end:
-                # We were held up; by the time the mail were sent, another process might
-                # have claimed it too. It is claimed again when the lease has ended.
-                _log.warning("notification.late", notification=str(outgoing.notification_id))
-                return
-            begun = time.perf_counter()
-            outcome = await self._send(outgoing)
-            seconds = time.perf_counter() - begun
-            _SECONDS.observe(seconds)
-            settlement = _settlement_of(outgoing, outcome)
-            state = await self._settle(settlement, outgoing.lease_end)
-            _OUTCOMES.labels(outgoing.template, state.name if state else "LOST").inc()
-            level = _log.info if state in (State.SENT, State.SUPPRESSED) else _log.warning
-            level(
-                "notification",
-                notification=str(outgoing.notification_id),
-                order=str(outgoing.order_id),
-                template=outgoing.template,
-                state=state.name if state else "LOST",
-                attempts=outgoing.attempts,
-                seconds=round(seconds, 4),
-                reason=settlement.failure_reason,
-            )
+        try:
+            with entered(outgoing.context):
+                await self._bring_to_its_end(outgoing)
+        finally:
+            self._in_hand -= 1
+            if self._in_hand_max - self._in_hand >= self._batch_max:
+                self._freed.set()
+
+    async def _bring_to_its_end(self, outgoing: Outgoing) -> None:
+        clock = asyncio.get_running_loop().time
+        if clock() + self._channel.send_seconds > outgoing.lease_end:
+            # We were held up; by the time the mail were sent, another process might
+            # have claimed it too. It is claimed again when the lease has ended.
+            _log.warning("notification.late", notification=str(outgoing.notification_id))
+            return
+        begun = time.perf_counter()
+        outcome = await self._send(outgoing)
+        seconds = time.perf_counter() - begun
+        _SECONDS.observe(seconds)
+        settlement = _settlement_of(outgoing, outcome)
+        state = await self._settle(settlement, outgoing.lease_end)
+        _OUTCOMES.labels(outgoing.template, state.name if state else "LOST").inc()
+        level = _log.info if state in (State.SENT, State.SUPPRESSED) else _log.warning
+        level(
+            "notification",
+            notification=str(outgoing.notification_id),
+            order=str(outgoing.order_id),
+            template=outgoing.template,
+            state=state.name if state else "LOST",
+            attempts=outgoing.attempts,
+            seconds=round(seconds, 4),
+            reason=settlement.failure_reason,
+        )
 
     async def _send(self, outgoing: Outgoing) -> SendOutcome | None:
         """The outcome; None when there is nobody to write to."""
@@ -271,6 +290,12 @@ class Delivery:
             )  # fmt: skip
             return Deferred(f"it could not be rendered: {type(error).__name__}")
         return None if mail is None else await self._channel.send(mail)
+
+    async def _settle_together(self, settlements: Sequence[Settlement]) -> Sequence[State | None]:
+        states = await self._store.settle(settlements)
+        # What comes meanwhile is gathered behind this flush and goes with the next one.
+        await asyncio.sleep(SETTLE_EVERY_SECONDS)
+        return states
 
     async def _settle(self, settlement: Settlement, lease_end: float) -> State | None:
         """Writes down the outcome, as long as the claim may hold.
