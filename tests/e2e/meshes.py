@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,13 @@ class Mesh:
         """Whether a killed process has a healthy successor."""
         process = self.process(name)
         return process["pid"] not in (None, instead_of) and process["health"] == "healthy"
+
+    def said(self, text: str) -> datetime:
+        """When the supervisor last said something, as its log of events has it."""
+        lines = (self.state / "events.log").read_text().splitlines()
+        last = next((line for line in reversed(lines) if text in line), None)
+        assert last is not None, f"{text!r} was never said"
+        return datetime.fromisoformat(last.split()[0])
 
     # ------------------------------------------------------------------ looking into it
 
