@@ -138,7 +138,8 @@ class Database:
             yield cls(pool)
         finally:
             try:
-                await asyncio.wait_for(pool.close(), timeout=5)
+                async with asyncio.timeout(5):
+                    await pool.close()
             except TimeoutError:
                 _log.warning("pool.terminated", reason="connections were still in use")
                 pool.terminate()

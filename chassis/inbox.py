@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
 import structlog
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from prometheus_client import Counter
 from sqlalchemy.dialects.postgresql import UUID as PgUuid
 
@@ -29,6 +33,8 @@ RETENTION_DAYS = 14
 C = TypeVar("C", bound=Cause)
 
 _log = structlog.get_logger("inbox")
+_tracer = trace.get_tracer("chassis.inbox")
+_traces = TraceContextTextMapPropagator()
 _EVENTS = Counter(
     "mesh_inbox_events_total", "Events consumed, by outcome.", ["consumer", "outcome"]
 )
@@ -149,7 +155,7 @@ class EventConsumer:
     async def _handled(self, events: Sequence[tuple[int, Event]]) -> dict[int, Verdict]:
         consumer = self.subscription.consumer
         try:
-            with entered(events[0][1].context):
+            with entered(events[0][1].context), self._span([event for _, event in events]):
                 await self._with_retries([event for _, event in events])
         except UnavailableError as error:
             # One by one they would meet the same outage again.
@@ -165,6 +171,31 @@ class EventConsumer:
             return verdicts
         _EVENTS.labels(consumer, "handled").inc(len(events))
         return {position: Ack() for position, _ in events}
+
+    def _span(self, events: Sequence[Event]) -> AbstractContextManager[object]:
+        """A span that goes on from what the events' producers did, where spans are made.
+
+        One event is a step of its trace; several, which share a transaction, are links.
+        """
+        if not isinstance(trace.get_tracer_provider(), TracerProvider):
+            return nullcontext()
+        origins = [
+            trace.get_current_span(
+                _traces.extract({"traceparent": event.traceparent})
+            ).get_span_context()
+            for event in events
+            if event.traceparent
+        ]
+        return _tracer.start_as_current_span(
+            f"consume {self.subscription.consumer}",
+            context=(
+                trace.set_span_in_context(trace.NonRecordingSpan(origins[0]))
+                if len(origins) == 1
+                else None
+            ),
+            kind=trace.SpanKind.CONSUMER,
+            links=[trace.Link(origin) for origin in origins] if len(origins) > 1 else None,
+        )
 
     async def _with_retries(self, events: Sequence[Event]) -> None:
         for remaining in range(self._in_process_retries, -1, -1):

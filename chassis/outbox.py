@@ -14,7 +14,6 @@ short: should the process die, another relay finds the rows after ten seconds.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections import Counter as Counts
 from collections.abc import Sequence
@@ -288,16 +287,11 @@ class Outbox:
             status = await connection.execute(_DROP_OLD)
         return int(status.rpartition(" ")[2])
 
-    async def sweep(self, stopping: asyncio.Event, *, every_seconds: float = 5.0) -> None:
-        """Measures the backlog and drops old rows, until told to stop."""
-        while not stopping.is_set():
-            await self.measure()
-            while await self.drop_old() == 1000:
-                pass
-            try:
-                await asyncio.wait_for(stopping.wait(), every_seconds)
-            except TimeoutError:
-                continue
+    async def sweep(self) -> None:
+        """Measures the backlog and drops old rows."""
+        await self.measure()
+        while await self.drop_old() == 1000:
+            pass
 
 
 async def _settle(

@@ -9,7 +9,6 @@ was handed over, and polls for what nobody holds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +18,7 @@ import structlog
 from prometheus_client import Counter
 
 from chassis.errors import ServiceError
+from chassis.periodic import pause
 
 T = TypeVar("T")
 
@@ -109,10 +109,9 @@ class Worker(Generic[T]):
                         await self._begin(claimed)
                 if self._backlog:
                     await self._begin(self._handed_over())
-                elif (pause := next_poll - loop.time()) > 0 and not stopping.is_set():
+                elif (idle := next_poll - loop.time()) > 0 and not stopping.is_set():
                     self._wake.clear()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._wake.wait(), pause)
+                    await pause(idle, self._wake)
             self._running = False
             # What was handed over is done too: other processes would wait out its lease.
             while self._backlog:

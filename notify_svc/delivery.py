@@ -10,7 +10,6 @@ one send the mail again, under the same Message-ID and byte for byte the same
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from chassis.context import CallContext, entered
 from chassis.errors import ConflictError, OverloadedError, UnavailableError
 from chassis.group_commit import GroupCommit
 from chassis.money import Money
+from chassis.periodic import pause
 from chassis.worker import Worker
 from notify_svc.commands import Audience, Recipient, State
 
@@ -234,8 +234,7 @@ class Delivery:
         if self._in_hand_max - self._in_hand < limit:
             # Soon there is room for a whole batch, unless the mail server is slow.
             self._freed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), _ROOM_SECONDS)
+            await pause(_ROOM_SECONDS, self._freed)
         limit = min(limit, self._in_hand_max - self._in_hand)
         if limit <= 0:
             return ()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-
-import structlog
 
 from chassis import inbox
 from chassis.broker import connect
 from chassis.database import Database
-from chassis.errors import ServiceError
 from chassis.ids import new_id
 from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
 from chassis.migrations import migrate
 from chassis.paging import PageTokens
+from chassis.periodic import repeatedly
 from chassis.runtime import App, Background, Role
 from notify_svc.channels import SmtpChannel
 from notify_svc.commands import Hear, HearHandler
@@ -32,28 +30,6 @@ from ordermesh.notification.v1 import notification_service_pb2, notification_ser
 NAME = "notification"
 SWEEP_SECONDS = 300.0
 MEASURE_SECONDS = 15.0
-
-_log = structlog.get_logger("sweep")
-
-
-def every(
-    seconds: float, act: Callable[[], Awaitable[None]]
-) -> Callable[[asyncio.Event], Awaitable[None]]:
-    """Acts now and then again every so many seconds, until told to stop.
-
-    A database that is away is no reason to end the process: the next round comes.
-    """
-
-    async def run(stopping: asyncio.Event) -> None:
-        while not stopping.is_set():
-            try:
-                await act()
-            except ServiceError as error:
-                _log.warning("sweep.failed", reason=error.reason)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), seconds)
-
-    return run
 
 
 async def prepare(settings: NotificationSettings) -> None:
@@ -149,8 +125,8 @@ async def build(settings: NotificationSettings) -> AsyncIterator[App]:
             background=[
                 Background(Role.CONSUME, "consume", consume),
                 Background(Role.RELAY, "delivery", delivery.worker.run),
-                Background(Role.SWEEP, "sweep", every(SWEEP_SECONDS, drop_old)),
-                Background(Role.SWEEP, "measure", every(MEASURE_SECONDS, store.measure)),
+                Background(Role.SWEEP, "sweep", repeatedly(SWEEP_SECONDS, drop_old)),
+                Background(Role.SWEEP, "measure", repeatedly(MEASURE_SECONDS, store.measure)),
             ],
             checks={"database": database.ping},
         )

@@ -18,6 +18,7 @@ from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
 from chassis.migrations import migrate
 from chassis.outbox import Outbox
 from chassis.paging import PageTokens
+from chassis.periodic import repeatedly
 from chassis.runtime import App, Background, Role
 from order_svc.commands import (
     CancelOrder,
@@ -37,6 +38,7 @@ from ordermesh.order.v1 import order_service_pb2, order_service_pb2_grpc
 
 NAME = "order"
 SWEEP_SECONDS = 300.0
+MEASURE_SECONDS = 5.0
 
 
 async def prepare(settings: OrderSettings) -> None:
@@ -106,14 +108,11 @@ async def build(settings: OrderSettings) -> AsyncIterator[App]:
         async def consume(stopping: asyncio.Event) -> None:
             await consumer.run(broker, stopping)
 
-        async def sweep(stopping: asyncio.Event) -> None:
-            while not stopping.is_set():
-                while await inbox.drop_old(database) == 1000:
-                    pass
-                while await idempotency.drop_expired(database) == 1000:
-                    pass
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stopping.wait(), SWEEP_SECONDS)
+        async def drop_old() -> None:
+            while await inbox.drop_old(database) == 1000:
+                pass
+            while await idempotency.drop_expired(database) == 1000:
+                pass
 
         yield App(
             servicers=[
@@ -127,8 +126,8 @@ async def build(settings: OrderSettings) -> AsyncIterator[App]:
             background=[
                 Background(Role.CONSUME, "consume", consume),
                 Background(Role.RELAY, "relay", outbox.relay.run),
-                Background(Role.SWEEP, "sweep", sweep),
-                Background(Role.SWEEP, "sweep-outbox", outbox.sweep),
+                Background(Role.SWEEP, "sweep", repeatedly(SWEEP_SECONDS, drop_old)),
+                Background(Role.SWEEP, "sweep-outbox", repeatedly(MEASURE_SECONDS, outbox.sweep)),
             ],
             checks={"database": database.ping},
         )

@@ -13,12 +13,12 @@ import structlog
 from chassis import inbox
 from chassis.broker import Limits, connect
 from chassis.database import Database
-from chassis.errors import ServiceError
 from chassis.ids import new_id, now
 from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
 from chassis.migrations import migrate
 from chassis.outbox import Outbox
 from chassis.paging import PageTokens
+from chassis.periodic import repeatedly
 from chassis.runtime import App, Background, Role
 from ordermesh.payment.v1 import payment_service_pb2, payment_service_pb2_grpc
 from payment_svc.commands import (
@@ -40,6 +40,7 @@ from payment_svc.worker import PaymentWorker
 
 NAME = "payment"
 SWEEP_SECONDS = 30.0
+MEASURE_SECONDS = 5.0
 
 _log = structlog.get_logger("sweep")
 
@@ -146,17 +147,10 @@ async def build(
         async def consume(stopping: asyncio.Event) -> None:
             await consumer.run(broker, stopping)
 
-        async def sweep(stopping: asyncio.Event) -> None:
-            while not stopping.is_set():
-                try:
-                    await store.measure()
-                    while await inbox.drop_old(database) == 1000:
-                        pass
-                except ServiceError as error:
-                    # A database that is away is no reason to end; the next round tells.
-                    _log.warning("sweep.failed", reason=error.reason)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stopping.wait(), SWEEP_SECONDS)
+        async def sweep() -> None:
+            await store.measure()
+            while await inbox.drop_old(database) == 1000:
+                pass
 
         yield App(
             servicers=[
@@ -173,8 +167,8 @@ async def build(
                 Background(Role.CONSUME, "payments", payer.run),
                 Background(Role.SWEEP, "resolver", resolver.run),
                 Background(Role.RELAY, "relay", outbox.relay.run),
-                Background(Role.SWEEP, "sweep", sweep),
-                Background(Role.SWEEP, "sweep-outbox", outbox.sweep),
+                Background(Role.SWEEP, "sweep", repeatedly(SWEEP_SECONDS, sweep)),
+                Background(Role.SWEEP, "sweep-outbox", repeatedly(MEASURE_SECONDS, outbox.sweep)),
             ],
             checks={"database": database.ping},
         )

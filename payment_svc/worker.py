@@ -8,7 +8,6 @@ back; the other resolves, that is, asks what became of a call whose answer was l
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 
@@ -28,6 +27,7 @@ from chassis.context import CallContext, entered
 from chassis.errors import ConflictError, OverloadedError, UnavailableError
 from chassis.group_commit import GroupCommit
 from chassis.ids import Now
+from chassis.periodic import pause
 from chassis.worker import Worker
 from payment_svc.commands import (
     Answer,
@@ -292,8 +292,7 @@ class PaymentWorker:
 
     async def _pause(self, seconds: float) -> None:
         """Sleeps, unless the process is told to stop."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+        await pause(seconds, self._stopping)
 
 
 class _StopWhenSet(stop_base):
