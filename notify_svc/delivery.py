@@ -307,10 +307,10 @@ class Delivery:
             try:
                 return await self._settling.submit(settlement)
             except (ConflictError, OverloadedError, UnavailableError):
-                pause = random.uniform(0.2, 1.0)
-                if clock() + pause > lease_end:
+                pause_seconds = random.uniform(0.2, 1.0)
+                if clock() + pause_seconds > lease_end:
                     raise
-                await asyncio.sleep(pause)
+                await asyncio.sleep(pause_seconds)
 
 
 def _settlement_of(outgoing: Outgoing, outcome: SendOutcome | None) -> Settlement:
