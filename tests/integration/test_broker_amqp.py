@@ -26,10 +26,10 @@ from chassis.broker import (
     Retry,
     TopologyError,
     Verdict,
-    amqp,
     connect,
 )
-from chassis.broker.amqp import EXCHANGE, MALFORMED_MESSAGE
+from chassis.broker.amqp.session import MALFORMED_MESSAGE, Session
+from chassis.broker.amqp.topology import EXCHANGE
 from meshctl.servers import RabbitMQ
 from meshctl.servers.throwaway import Throwaway, throwaway
 from tests.eventually import eventually
@@ -256,14 +256,14 @@ class TestAmqpBroker(ServerBrokerSuite):
         self, broker: Broker, names: Names, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A consumer that is gone without a word is made anew."""
-        taken_up: list[tuple[amqp._Session, AbstractChannel]] = []
-        take_up = amqp._Session._take_up
+        taken_up: list[tuple[Session, AbstractChannel]] = []
+        take_up = Session._take_up
 
-        async def noted(session: amqp._Session, channel: AbstractChannel, *, prefetch: int) -> None:
+        async def noted(session: Session, channel: AbstractChannel, *, prefetch: int) -> None:
             await take_up(session, channel, prefetch=prefetch)
             taken_up.append((session, channel))
 
-        monkeypatch.setattr(amqp._Session, "_take_up", noted)
+        monkeypatch.setattr(Session, "_take_up", noted)
         subscription = names.subscription()
         recorder = Recorder()
         async with consuming(broker, subscription, recorder):
