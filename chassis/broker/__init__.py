@@ -16,8 +16,8 @@ All three pass `tests/suites/broker.py`. What they promise alike:
   is first in, first out, except for what is retried or redelivered, and several
   consumers of one queue share it; so consumers go by the versions inside the events.
 * **Poison stays alone.** A delivery that somebody took before and did not settle
-  (`Delivery.delivery_count` of one or more) is handled by itself; one that has been
-  delivered more than `Limits.delivery_limit` times too often becomes a dead letter.
+  (`Delivery.delivery_count` of one or more) is handled by itself; one that was redelivered
+  more than `Limits.delivery_limit` times becomes a dead letter.
 * **Retry tiers.** A handler's `Retry` puts a message aside for the next of
   `RETRY_TIERS_SECONDS`; past the last tier it becomes a dead letter.
 

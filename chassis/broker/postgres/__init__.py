@@ -26,10 +26,10 @@ removal from the queue, so that neither can happen without the other.
 have got something; a consumer that is handling a batch looks again anyway. Notifications
 may be lost, so an idle consumer also looks every quarter of a second.
 
-**Schema changes** are the numbered steps in `statements.SCHEMA`, carried out by `declare` under a
-lock, each once. They only add, because the previous release works on the same tables
-during a roll-out. Alembic serves the services' own databases; here are three steps at
-most, and no service should carry the migrations of a broker that it may not use.
+**Schema changes** are the numbered steps in `statements.SCHEMA`, carried out by `declare`
+under a lock, each once. They only add, because the previous release works on the same
+tables during a roll-out. Alembic serves the databases that services own; no service should
+carry the migrations of a broker that it may not use.
 
 docs/adr/0013 says why this is no library, and what it costs.
 """
@@ -73,7 +73,7 @@ from chassis.broker.postgres.statements import DEAD_LETTERS, PUBLISH
 
 _log = structlog.get_logger("broker")
 
-# The server's word that the statement took no effect, unlike a connection that broke.
+# PostgreSQL's own errors that, unlike its others, leave the fate of a statement open.
 _CONNECTION_ENDED: Final = (
     asyncpg.PostgresConnectionError,
     asyncpg.AdminShutdownError,
