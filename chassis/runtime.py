@@ -18,13 +18,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Container, Seque
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
 import uvloop
 from pydantic import ValidationError
 
-from chassis.errors import ServiceError
 from chassis.grpc_server import GrpcServer, Registrations, serving
 from chassis.settings import ServiceSettings
 from chassis.telemetry import HealthServer, configure_logs, configure_tracing
@@ -85,7 +85,7 @@ def main(
     environment is wrong.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {service}_svc",
+        prog=f"python -m {Path(sys.argv[0]).parent.name}",
         description="Settings come from the environment; docs/settings.md lists them.",
     )
     parser.add_argument(
@@ -227,7 +227,7 @@ async def _keep_checking(
             try:
                 async with asyncio.timeout(CHECK_SECONDS):
                     await check()
-            except (ServiceError, OSError, TimeoutError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, we cannot work with it
                 failed = f"{name}: {type(error).__name__}: {error}"
                 break
         if (failed is None) != ready:
