@@ -117,7 +117,8 @@ class EventConsumer:
         subscription: The queue, named as the inbox's consumer is.
         types: The events the service understands.
         handle: Handles a batch in one transaction, the inbox's entries included. It
-            raises when none of the batch took effect.
+            raises when some of the batch did not take effect; what did is in the inbox,
+            and is not done again when the events are handled one by one.
         in_process_retries: How often a race or a lost connection is tried again
             before the event goes to a retry queue.
     """

@@ -22,6 +22,8 @@ from chassis.periodic import pause
 
 T = TypeVar("T")
 
+AFTER_FAILURE_SECONDS = 2.0
+
 _log = structlog.get_logger("worker")
 _DONE = Counter("mesh_work_done_total", "Pieces of durable work that were acted on.", ["worker"])
 _FAILED = Counter(
@@ -103,8 +105,10 @@ class Worker(Generic[T]):
                 # Looked for in its time, however much is handed over meanwhile.
                 if loop.time() >= next_poll:
                     claimed = await self._claimed()
-                    if len(claimed) < self._batch_max:
-                        next_poll = loop.time() + self._poll_seconds * random.uniform(0.8, 1.2)
+                    # Left alone for longer after a failure: the database may be away.
+                    wait = AFTER_FAILURE_SECONDS if claimed is None else self._poll_seconds
+                    if claimed is None or len(claimed) < self._batch_max:
+                        next_poll = loop.time() + wait * random.uniform(0.8, 1.2)
                     if claimed:
                         await self._begin(claimed)
                 if self._backlog:
@@ -130,13 +134,13 @@ class Worker(Generic[T]):
         size = min(len(self._backlog), self._batch_max)
         return [self._backlog.popleft() for _ in range(size)]
 
-    async def _claimed(self) -> Sequence[T]:
+    async def _claimed(self) -> Sequence[T] | None:
         try:
             return await self._claim(self._batch_max)
         except ServiceError as error:
             self._failed.inc()
             _log.warning("claim.failed", worker=self.name, reason=error.reason)
-            return ()
+            return None
 
     async def _begin(self, items: Sequence[T]) -> None:
         """Begins a round, and waits until another one may begin."""
