@@ -95,6 +95,7 @@ async def test_an_order_told_under_two_events_is_charged_once(service: PaymentSe
     assert service.charged(order_id) == 1
     attempts = await service.rows("SELECT FROM payment_attempts WHERE order_id = $1", order_id)
     assert len(attempts) == 1
+    assert len(await service.rows("SELECT FROM inbox")) == 4, "each was handled, in vain or not"
 
 
 async def test_a_declined_card_is_told_with_its_reason(service: PaymentService) -> None:
@@ -244,8 +245,8 @@ async def test_an_order_cancelled_before_it_was_charged_is_called_off(
     """Placed and cancelled before anybody looked: the provider never hears of it."""
     event = order_created()
     order_id = order_id_of(event)
-    await service.hears(event, order_cancellation(order_id))
     async with service.running():
+        await service.hears(event, order_cancellation(order_id))
         await service.tells(order_id, "PaymentVoided")
         await _settled(service)
 
