@@ -12,7 +12,6 @@ import email.policy
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -165,11 +164,9 @@ class Mesh:
         found: Json = next(p for p in self.status()["processes"] if p["name"] == name)
         return found
 
-    def kill(self, name: str) -> int:
-        """Kills a process as the kernel would when memory runs out, and answers its pid."""
-        pid = int(self.process(name)["pid"])
-        os.kill(pid, signal.SIGKILL)
-        return pid
+    def pid_of(self, name: str) -> int:
+        """The pid of a process, to be killed as the kernel does when memory runs out."""
+        return int(self.process(name)["pid"])
 
     def is_back(self, name: str, *, instead_of: int) -> bool:
         """Whether a killed process has a healthy successor."""

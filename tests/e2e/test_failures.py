@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -52,12 +54,13 @@ async def test_every_order_is_paid_once_though_payment_is_killed_meanwhile(
 ) -> None:
     """Killed in the middle, back within 5 s, and every order ends paid by one charge."""
     orders, placing = Orders(f"killed-{new_key()}"), Placing()
+    victim = mesh.pid_of("payment")
     async with asyncio.TaskGroup() as group:
-        group.create_task(placing.place(rest, per_second=12, times=30, request=orders))
-        group.create_task(placing.place(grpc, per_second=12, times=30, request=orders))
-        await asyncio.sleep(1.0)  # into the middle of the placing
-        killed = await asyncio.to_thread(mesh.kill, "payment")
-        await _is_back(mesh, "payment", instead_of=killed)
+        group.create_task(placing.place(rest, per_second=60, times=40, request=orders))
+        group.create_task(placing.place(grpc, per_second=60, times=40, request=orders))
+        await asyncio.sleep(0.4)  # into the middle of the placing
+        os.kill(victim, signal.SIGKILL)
+        await _is_back(mesh, "payment", instead_of=victim)
     assert placing.refusals == []
     await _leases_of_the_dead_end(mesh)
     await _all_paid_once(mesh, rest, placing.placed)
@@ -69,14 +72,15 @@ async def test_events_resume_when_rabbitmq_is_killed_and_back(
 ) -> None:
     """Orders are taken while there is no broker, and paid once it is there again."""
     orders, placing = Orders(f"brokerless-{new_key()}"), Placing()
+    victim = rabbitmq_mesh.pid_of("rabbitmq")
     async with rest_caller(rabbitmq_mesh.access()) as rest:
         async with asyncio.TaskGroup() as group:
             group.create_task(placing.place(rest, per_second=10, times=50, request=orders))
             await asyncio.sleep(1.0)  # into the middle of the placing
-            killed = await asyncio.to_thread(rabbitmq_mesh.kill, "rabbitmq")
+            os.kill(victim, signal.SIGKILL)
         assert placing.refusals == [], "orders do not need the broker to be taken"
         # An Erlang node takes longer to start than a service.
-        await _is_back(rabbitmq_mesh, "rabbitmq", instead_of=killed, ready=False)
+        await _is_back(rabbitmq_mesh, "rabbitmq", instead_of=victim, ready=False)
         await _all_paid_once(rabbitmq_mesh, rest, placing.placed, within_seconds=60)
         again = Placing()
         await again.place(rest, per_second=10, times=5, request=orders)
@@ -96,10 +100,11 @@ async def test_orders_are_paid_and_told_of_though_a_part_is_killed(
     orders = Orders(f"{name}-{new_key()}")
     await placing.place(rest, per_second=20, times=5, request=orders)
     await _all_paid_once(mesh, rest, placing.placed)
-    killed = await asyncio.to_thread(mesh.kill, name)
+    victim = mesh.pid_of(name)
+    os.kill(victim, signal.SIGKILL)
     *meanwhile, _ = await asyncio.gather(
         *(_insisted(rest, orders(number)) for number in range(5)),
-        _is_back(mesh, name, instead_of=killed),
+        _is_back(mesh, name, instead_of=victim),
     )
     after = Placing()
     await after.place(rest, per_second=20, times=5, request=orders)
@@ -132,7 +137,7 @@ async def test_no_request_fails_when_one_of_two_replicas_is_killed(two_replicas:
             await asyncio.sleep(0.05)
 
     async with rest_caller(mesh.access()) as rest, grpc_caller(mesh.access()) as grpc:
-        before = {name: mesh.process(name)["pid"] for name in ("order-1", "order-2")}
+        victim, survivor = mesh.pid_of("order-1"), mesh.pid_of("order-2")
         async with asyncio.TaskGroup() as group:
             readers = [group.create_task(read(caller)) for caller in (rest, grpc)]
             load = [
@@ -140,15 +145,15 @@ async def test_no_request_fails_when_one_of_two_replicas_is_killed(two_replicas:
                 for caller in (rest, grpc)
             ]
             await asyncio.sleep(1.5)  # into the middle of the load
-            killed = await asyncio.to_thread(mesh.kill, "order-1")
+            os.kill(victim, signal.SIGKILL)
             await asyncio.gather(*load)
             done.set()
             await asyncio.gather(*readers)
         assert placing.refusals == []
         assert len(set(placing.placed)) == 90
         assert len(reads) > 20
-        await _is_back(mesh, "order-1", instead_of=killed)
-        assert mesh.process("order-2")["pid"] == before["order-2"]
+        await _is_back(mesh, "order-1", instead_of=victim)
+        assert mesh.pid_of("order-2") == survivor
         await _all_paid_once(mesh, rest, placing.placed, within_seconds=40)
         served = [entry for entry in mesh.accesses() if entry["rpc"].endswith("/CreateOrder")]
         assert {entry["status"] for entry in served} == {200}
