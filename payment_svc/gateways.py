@@ -166,6 +166,9 @@ APPROVED: Final = frozenset(
 )
 """Stripe's test cards that are approved. The last two misbehave when money goes back."""
 
+LEDGER_MAX: Final = 20_000
+"""Charges that the in-process gateway keeps in its books; the oldest leave first."""
+
 UNKNOWN_METHOD: Final = "payment_method_unknown"
 KEY_REUSED: Final = "idempotency_key_in_use"
 
@@ -217,9 +220,10 @@ class LedgerCharge:
 class InProcessGateway:
     """A provider in this process: decided by the payment method, booked in memory.
 
-    The books end with the process. What it approved before carries its own proof: a
-    reference is made from key and terms, so a charge that comes back with the right
-    reference is entered again as it was approved, and can be refunded after a restart.
+    The books end with the process, and hold no more than `LEDGER_MAX` charges. What left
+    them carries its own proof: a reference is made from key and terms, so a charge that
+    comes back with the right reference is entered again as it was approved, and can be
+    refunded after a restart.
 
     Attributes:
         ledger: Every charge by its key, for tests to look at.
@@ -251,10 +255,9 @@ class InProcessGateway:
         else:
             outcome = Captured(reference)
             captured = charge.terms.amount
-        self.ledger[charge.key] = LedgerCharge(
-            charge=charge, reference=reference, outcome=outcome, captured=captured
-        )
-        return outcome
+        return self._entered(
+            LedgerCharge(charge=charge, reference=reference, outcome=outcome, captured=captured)
+        ).outcome
 
     async def capture(self, request: CaptureRequest) -> ChargeOutcome:
         """Takes what is authorized."""
@@ -319,15 +322,20 @@ class InProcessGateway:
         if known is not None or charge.reference != reference_of(charge):
             return known
         automatic = charge.terms.capture_method is CaptureMethod.AUTOMATIC
-        entry = LedgerCharge(
-            charge=charge,
-            reference=charge.reference,
-            outcome=Captured(charge.reference) if automatic else Authorized(charge.reference),
-            captured=charge.terms.amount
-            if automatic
-            else Money.zero(charge.terms.amount.currency_code),
+        amount = charge.terms.amount
+        return self._entered(
+            LedgerCharge(
+                charge=charge,
+                reference=charge.reference,
+                outcome=Captured(charge.reference) if automatic else Authorized(charge.reference),
+                captured=amount if automatic else Money.zero(amount.currency_code),
+            )
         )
-        self.ledger[charge.key] = entry
+
+    def _entered(self, entry: LedgerCharge) -> LedgerCharge:
+        if len(self.ledger) >= LEDGER_MAX:
+            del self.ledger[next(iter(self.ledger))]
+        self.ledger[entry.charge.key] = entry
         return entry
 
 

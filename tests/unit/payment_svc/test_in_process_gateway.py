@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from payment_svc import gateways
 from payment_svc.domain.attempt import CaptureMethod
 from payment_svc.domain.outcomes import Authorized, Captured, Refunded, Voided
 from payment_svc.gateways import APPROVED, DECLINES, InProcessGateway, PaymentGateway
@@ -71,6 +72,17 @@ async def test_what_was_reserved_before_a_restart_can_be_let_go_after_it() -> No
 
     assert await restarted.find(charge) == Authorized(charge.reference)
     assert await restarted.void(void_of(charge)) == Voided()
+
+
+async def test_the_books_do_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh that runs for weeks keeps its memory; what left the books is still refunded."""
+    monkeypatch.setattr(gateways, "LEDGER_MAX", 3)
+    gateway = InProcessGateway()
+    charges = [await captured(gateway) for _ in range(5)]
+
+    assert list(gateway.ledger) == [charge.key for charge in charges[2:]]
+    assert isinstance(await gateway.refund(refund_of(charges[0])), Refunded)
+    assert len(gateway.ledger) == 3
 
 
 async def test_a_reference_proves_nothing_about_other_terms() -> None:
