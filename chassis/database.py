@@ -239,6 +239,8 @@ def _in_our_terms() -> Iterator[None]:
         asyncpg.InsufficientResourcesError,
         asyncpg.IdleInTransactionSessionTimeoutError,
         asyncpg.InterfaceError,
+        # What a connection that dies in the middle of something may raise.
+        asyncpg.InternalClientError,
         ConnectionError,
         OSError,
         TimeoutError,

@@ -77,7 +77,7 @@ def _with_context(service: str) -> Callable[[Any, str, dict[str, Any]], dict[str
 def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], None]:
     """Exports spans when an endpoint is set; answers what to call before the process ends.
 
-    Instruments gRPC, asyncpg, aio-pika and redis, so it must run before any of their
+    Instruments gRPC, asyncpg and redis, so it must run before any of their
     clients or servers are made.
     """
     if not settings.otlp_endpoint:
@@ -85,7 +85,6 @@ def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], N
     # Imported here, because the exporter costs a third of a second at start.
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    from opentelemetry.instrumentation.aio_pika import AioPikaInstrumentor
     from opentelemetry.instrumentation.asyncpg import AsyncPGInstrumentor
     from opentelemetry.instrumentation.grpc import GrpcAioInstrumentorClient
     from opentelemetry.instrumentation.redis import RedisInstrumentor
@@ -108,7 +107,6 @@ def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], N
     for instrumentor in (
         GrpcAioInstrumentorClient(),
         AsyncPGInstrumentor(),
-        AioPikaInstrumentor(),
         RedisInstrumentor(),
     ):
         instrumentor.instrument()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import aio_pika
 import aiormq
 import structlog
+from aio_pika.abc import AbstractConnection
 
 from chassis.broker import BrokerUnavailableError
 from chassis.broker.handling import cancelled_by_caller
@@ -43,7 +45,7 @@ async def in_our_terms(seconds: float) -> AsyncIterator[None]:
         raise BrokerUnavailableError(f"{type(error).__name__}: {error}") from error
 
 
-async def open_connection(url: str, connection_name: str) -> aiormq.Connection:
+async def open_connection(url: str, connection_name: str) -> AbstractConnection:
     """Opens a connection, shown under a name in RabbitMQ's list.
 
     Raises:
@@ -52,16 +54,25 @@ async def open_connection(url: str, connection_name: str) -> aiormq.Connection:
     parts = urlsplit(url)
     # A heartbeat finds a dead peer within about three of them.
     query = {"heartbeat": str(HEARTBEAT_SECONDS), **dict(parse_qsl(parts.query))}
-    connection = aiormq.Connection(
-        parts._replace(query=urlencode(query)).geturl(),
-        client_properties={"connection_name": connection_name},
-    )
     async with in_our_terms(CONNECT_SECONDS):
-        await connection.connect()
-    return connection
+        return await aio_pika.connect(
+            parts._replace(query=urlencode(query)).geturl(),
+            client_properties={"connection_name": connection_name},
+        )
 
 
-async def close_connection(connection: aiormq.Connection) -> None:
+def beneath(connection: AbstractConnection) -> aiormq.Connection:
+    """The connection beneath aio-pika's, for the calls that are made for every message.
+
+    Raises:
+        BrokerUnavailableError: The connection is closed.
+    """
+    if connection.transport is None:
+        raise BrokerUnavailableError("the connection is closed")
+    return cast("aiormq.Connection", connection.transport.connection)
+
+
+async def close_connection(connection: AbstractConnection) -> None:
     """Closes a connection, politely if the broker plays along."""
     try:
         # What still waits on it learns that the connection ended, not that it was cancelled.
@@ -71,11 +82,11 @@ async def close_connection(connection: aiormq.Connection) -> None:
         _log.debug("connection.lost_while_closing", reason=str(error))
 
 
-async def is_blocked(connection: aiormq.Connection) -> bool:
+async def is_blocked(connection: AbstractConnection) -> bool:
     """Whether the broker has told this connection to publish nothing for now."""
     try:
         async with asyncio.timeout(0):
-            await connection.ready()
+            await beneath(connection).ready()
     except TimeoutError:
         return True
     return False

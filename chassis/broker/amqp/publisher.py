@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import aiormq
 import structlog
+from aio_pika.abc import AbstractConnection
 from aiormq import spec
 
 from chassis.broker import BrokerUnavailableError, Limits, PublishOutcome
 from chassis.broker.amqp.connection import (
     CONNECT_SECONDS,
+    beneath,
     close_connection,
     in_our_terms,
     is_blocked,
@@ -39,7 +41,7 @@ class Publisher:
         self._url = url
         self._name = name
         self._limits = limits
-        self._connection: aiormq.Connection | None = None
+        self._connection: AbstractConnection | None = None
         self._channel: aiormq.Channel | None = None
         self._opening = asyncio.Lock()
         self._run = secrets.token_hex(4)
@@ -105,7 +107,9 @@ class Publisher:
                 self._forget()
                 connection = await open_connection(self._url, f"{self._name} publish")
                 self._connection = connection
-                opened = await connection.channel(publisher_confirms=True, on_return_raises=True)
+                opened = await beneath(connection).channel(
+                    publisher_confirms=True, on_return_raises=True
+                )
                 channel = self._channel = cast("aiormq.Channel", opened)
                 # Publishing to a missing exchange would close the channel.
                 await channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True)
@@ -113,7 +117,7 @@ class Publisher:
                 raise BrokerUnavailableError("the broker blocks publishers: an alarm is on")
             return channel
 
-    async def connection(self) -> aiormq.Connection:
+    async def connection(self) -> AbstractConnection:
         """The connection, for the rare calls that are no publishing.
 
         Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-import aiormq
+from aio_pika.abc import AbstractConnection
 from aiormq import spec
 from aiormq.abc import AbstractChannel, DeliveredMessage
 
@@ -22,7 +22,7 @@ from chassis.broker import (
     PublishOutcome,
     Subscription,
 )
-from chassis.broker.amqp.connection import RPC_SECONDS, in_our_terms
+from chassis.broker.amqp.connection import RPC_SECONDS, beneath, in_our_terms
 from chassis.broker.amqp.publisher import Publisher
 from chassis.broker.amqp.topology import dead_letter_queue, declare, retry_queue, work_queue
 from chassis.broker.amqp.wire import (
@@ -79,7 +79,7 @@ class Session:
 
     def __init__(
         self,
-        connection: aiormq.Connection,
+        connection: AbstractConnection,
         publisher: Publisher,
         subscription: Subscription,
         handling: Handling,
@@ -111,7 +111,7 @@ class Session:
         """
         await declare(self._connection, [self._subscription], self._limits)
         async with in_our_terms(RPC_SECONDS):
-            channel = await self._connection.channel(publisher_confirms=False)
+            channel = await beneath(self._connection).channel(publisher_confirms=False)
         channel.on_consumer_cancel_callbacks.add(self._on_cancel)
         closing = channel.closing
         closing.add_done_callback(self._on_close)
@@ -294,7 +294,7 @@ class Session:
             try:
                 async with in_our_terms(RPC_SECONDS):
                     if channel is None:
-                        channel = await self._connection.channel(publisher_confirms=False)
+                        channel = await beneath(self._connection).channel(publisher_confirms=False)
                     state = await channel.queue_declare(
                         work_queue(self._subscription.consumer), passive=True
                     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-import aiormq
-from aiormq.abc import AbstractChannel
+from aio_pika import ExchangeType
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange
+from aio_pika.exceptions import ChannelPreconditionFailed
 
 from chassis.broker import Limits, Subscription, TopologyError
 from chassis.broker.amqp.connection import RPC_SECONDS, in_our_terms
@@ -43,7 +44,7 @@ def _delay_name(seconds: float) -> str:
 
 
 async def declare(
-    connection: aiormq.Connection, subscriptions: Sequence[Subscription], limits: Limits
+    connection: AbstractConnection, subscriptions: Sequence[Subscription], limits: Limits
 ) -> None:
     """Makes the topology of some subscriptions.
 
@@ -54,19 +55,22 @@ async def declare(
     async with in_our_terms(RPC_SECONDS * 2):
         try:
             channel = await connection.channel(publisher_confirms=False)
-            await channel.exchange_declare(EXCHANGE, exchange_type="topic", durable=True)
+            exchange = await channel.declare_exchange(EXCHANGE, ExchangeType.TOPIC, durable=True)
             for subscription in subscriptions:
-                await _declare_one(channel, subscription, limits)
+                await _declare_one(channel, exchange, subscription, limits)
             await channel.close()
-        except aiormq.ChannelPreconditionFailed as error:
+        except ChannelPreconditionFailed as error:
             raise TopologyError(str(error)) from error
 
 
 async def _declare_one(
-    channel: AbstractChannel, subscription: Subscription, limits: Limits
+    channel: AbstractChannel,
+    exchange: AbstractExchange,
+    subscription: Subscription,
+    limits: Limits,
 ) -> None:
     consumer = subscription.consumer
-    await channel.queue_declare(
+    await channel.declare_queue(
         dead_letter_queue(consumer),
         durable=True,
         arguments={"x-queue-type": "quorum", "x-delivery-limit": _INSPECTIONS_MAX},
@@ -80,7 +84,7 @@ async def _declare_one(
         "x-overflow": "reject-publish",
         "x-max-length-bytes": limits.queue_bytes_max,
     }
-    await channel.queue_declare(
+    work = await channel.declare_queue(
         work_queue(consumer),
         durable=True,
         arguments={
@@ -90,7 +94,7 @@ async def _declare_one(
         },
     )
     for seconds in dict.fromkeys(limits.retry_tiers_seconds):
-        await channel.queue_declare(
+        await channel.declare_queue(
             retry_queue(consumer, seconds),
             durable=True,
             arguments={
@@ -100,4 +104,4 @@ async def _declare_one(
             },
         )
     for name in subscription.types:
-        await channel.queue_bind(work_queue(consumer), EXCHANGE, routing_key=name)
+        await work.bind(exchange, routing_key=name)
