@@ -141,9 +141,10 @@ class OrderApp:
 
     @property
     def heard(self) -> list[Event]:
-        """What the order service has told others so far, in order."""
+        """What the order service has told others so far, in order; told twice is told once."""
         queue = self.broker.server.queues["others"]
-        return [ORDER_EVENTS.decode(held.message.body) for held in queue.ready]
+        events = [ORDER_EVENTS.decode(held.message.body) for held in queue.ready]
+        return list({event.event_id: event for event in events}.values())
 
     async def until_heard(self, *names: str) -> list[Event]:
         """Waits until exactly these events have been told, in any order of aggregates."""
