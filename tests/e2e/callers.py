@@ -467,6 +467,29 @@ async def notifications_of(caller: Caller, order: str) -> list[Json]:
 # ---------------------------------------------------------------------------- placing many
 
 
+async def insisted(caller: Caller, method: str, request: Json) -> Json:
+    """Calls as a patient caller does: the same request again, under its key, until it is taken.
+
+    Only what may be repeated is: a refusal for a reason of the caller's own is raised.
+    """
+    key = new_key()
+
+    async def call() -> Json | Refused:
+        try:
+            return (await caller.call(method, request, key=key)).resource
+        except Refused as refusal:
+            if refusal.code in {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "ABORTED"}:
+                raise
+            return refusal
+
+    answer: Json | Refused = await eventually(
+        call, 30, until=lambda _: True, describe=f"{method} is taken"
+    )
+    if isinstance(answer, Refused):
+        raise answer
+    return answer
+
+
 @dataclass
 class Placing:
     """Orders placed at a steady rate, whatever happens meanwhile."""

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -72,13 +72,17 @@ class Mesh:
     """What `meshctl env` said for each merchant."""
 
     def run(
-        self, *arguments: str, code: int | None = 0, within_seconds: float = 60
+        self,
+        *arguments: str,
+        code: int | None = 0,
+        within_seconds: float = 60,
+        more: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Runs meshctl on this mesh to its end, and checks its exit code unless that is None."""
         done = subprocess.run(
             [sys.executable, "-P", "-m", "meshctl", *arguments],
             cwd=CHECKOUT,
-            env=self.environment(),
+            env={**self.environment(), **(more or {})},
             capture_output=True,
             text=True,
             timeout=within_seconds,
@@ -100,11 +104,22 @@ class Mesh:
 
     # ------------------------------------------------------------------ its life
 
-    def up(self, *arguments: str) -> None:
-        """Starts it, detached, and remembers what was printed."""
+    def up(self, *arguments: str, broker_url: str = "") -> None:
+        """Starts it, detached, and remembers what was printed.
+
+        Args:
+            arguments: Further ones for `meshctl up`.
+            broker_url: A broker that runs already; the mesh's own when empty.
+        """
         self.env = {}
+        broker = () if broker_url else ("--broker", self.broker)
         done = self.run(
-            "up", "--detach", "--broker", self.broker, *arguments, within_seconds=UP_SECONDS_MAX
+            "up",
+            "--detach",
+            *broker,
+            *arguments,
+            within_seconds=UP_SECONDS_MAX,
+            more={"MESH_BROKER_URL": broker_url} if broker_url else {},
         )
         self.shown = done.stdout
 

@@ -835,7 +835,6 @@ async def test_after_all_of_it_there_is_no_5xx_and_nothing_half_written(
         until=lambda seen: any(entry["correlation_id"] == marker for entry in seen),
         describe="the access log is written",
     )
-    assert len(entries) > len(BAD)
     # The log derives a REST call's gRPC status from the HTTP status, so it says nothing.
     assert [entry for entry in entries if entry["status"] >= 500] == []
     by_grpc = [entry for entry in entries if entry["path"].startswith("/ordermesh.")]

@@ -8,9 +8,12 @@ import signal
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from urllib.parse import urlsplit
 
 import pytest
 
+from chassis.broker import connect
+from meshctl.servers.throwaway import throwaway_rabbitmq
 from tests.e2e.callers import (
     Caller,
     Ends,
@@ -22,6 +25,7 @@ from tests.e2e.callers import (
     an_order,
     ended,
     grpc_caller,
+    insisted,
     listed,
     new_key,
     rest_caller,
@@ -103,12 +107,12 @@ async def test_orders_are_paid_and_told_of_though_a_part_is_killed(
     victim = mesh.pid_of(name)
     os.kill(victim, signal.SIGKILL)
     *meanwhile, _ = await asyncio.gather(
-        *(_insisted(rest, orders(number)) for number in range(5)),
+        *(insisted(rest, "CreateOrder", orders(number)) for number in range(5)),
         _is_back(mesh, name, instead_of=victim),
     )
     after = Placing()
     await after.place(rest, per_second=20, times=5, request=orders)
-    names = [order for order in meanwhile if order is not None]
+    names = [order["name"] for order in meanwhile if order is not None]
     await _all_paid_once(mesh, rest, [*names, *after.placed], within_seconds=30)
 
 
@@ -186,6 +190,29 @@ async def test_a_state_folder_survives_a_restart_with_its_orders(two_replicas: M
         await _all_paid_once(mesh, rest, again.placed)
 
 
+@pytest.mark.rabbitmq
+@pytest.mark.slow
+async def test_a_rabbitmq_that_runs_already_is_used_by_its_url(two_replicas: Mesh) -> None:
+    """With MESH_BROKER_URL the same mesh runs over that broker, and leaves it running."""
+    mesh = two_replicas
+    ending = asyncio.create_task(asyncio.to_thread(mesh.down))
+    async with throwaway_rabbitmq() as url:
+        assert await ending == []
+        await asyncio.to_thread(mesh.up, broker_url=url)
+        status = mesh.status()
+        assert status["broker"] == "external"
+        assert (urlsplit(url).password or "none") not in str(status)
+        names = {process["name"] for process in status["processes"]}
+        assert not names & {"rabbitmq", "epmd"}
+        placing = Placing()
+        async with rest_caller(mesh.access()) as rest:
+            await placing.place(rest, per_second=20, times=5, request=Orders(f"url-{new_key()}"))
+            await _all_paid_once(mesh, rest, placing.placed)
+        async with connect(url, name="test") as theirs:
+            await theirs.ping()
+            assert [await theirs.dead_letters(name) for name in ("order", "payment")] == [[], []]
+
+
 # ---------------------------------------------------------------------------- looking
 
 
@@ -208,16 +235,6 @@ async def _is_back(mesh: Mesh, name: str, *, instead_of: int, ready: bool = True
     started = datetime.fromisoformat(mesh.process(name)["since"])
     assert (started - died).total_seconds() < RESTART_SECONDS_MAX
     assert not ready or (said - died).total_seconds() < RESTART_SECONDS_MAX
-
-
-async def _insisted(caller: Caller, request: Json) -> str:
-    """Places an order as a patient caller does: the same request again until it is taken."""
-    key = new_key()
-
-    async def place() -> str:
-        return str((await caller.call("CreateOrder", request, key=key)).resource["name"])
-
-    return await eventually(place, 30)
 
 
 async def _leases_of_the_dead_end(mesh: Mesh) -> None:
