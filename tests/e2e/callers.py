@@ -496,8 +496,6 @@ class Placing:
 
     placed: list[str] = field(default_factory=list)
     refusals: list[BaseException] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    """How long each was waited for."""
 
     async def place(
         self, caller: Caller, *, per_second: float, times: int, request: Callable[[int], Json]
@@ -507,14 +505,12 @@ class Placing:
         began = loop.time()
 
         async def one(number: int) -> None:
-            asked = loop.time()
             try:
                 answer = await caller.call("CreateOrder", request(number))
             except (Refused, httpx.HTTPError, grpc.aio.AioRpcError) as error:
                 self.refusals.append(error)
             else:
                 self.placed.append(answer.resource["name"])
-            self.seconds.append(loop.time() - asked)
 
         async with asyncio.TaskGroup() as group:
             for number in range(times):
