@@ -132,6 +132,10 @@ class Database:
                     # Batches of one shape and few rows: the just-in-time compiler
                     # costs more than it saves.
                     "jit": "off",
+                    # Every statement here goes by an index. One that was planned while
+                    # its table was empty would scan it for as long as the plan is kept,
+                    # which is until the first ANALYZE: a minute of growing scans.
+                    "enable_seqscan": "off",
                 },
             )
         try:
