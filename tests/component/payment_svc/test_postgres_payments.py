@@ -68,12 +68,15 @@ class Kept:
             [Answer(work=work, outcome=outcome) for work, outcome in answers], _settled
         )
 
-    async def cancels(self, held: Held) -> list[Held]:
-        """Cancels the order of a payment."""
-        asked = CancellationAsked(
-            merchant="default", order_id=held.payment.order_id, reason="x", cause=ACause()
-        )
-        return await self.store.follow([asked], _nothing_to_begin, _cancelled)
+    async def cancels(self, *payments: Held) -> list[Held]:
+        """Cancels the orders of payments, in one batch."""
+        asked = [
+            CancellationAsked(
+                merchant="default", order_id=held.payment.order_id, reason="x", cause=ACause()
+            )
+            for held in payments
+        ]
+        return await self.store.follow(asked, _nothing_to_begin, _cancelled)
 
     async def execute(self, statement: str) -> list[asyncpg.Record]:
         """Asks the database directly."""
@@ -213,11 +216,11 @@ async def test_answers_in_any_order_never_deadlock(kept: Kept) -> None:
     for _ in range(5):
         begun = await kept.begun(30, taken_at_once=True)
         work = work_of(begun, 0.0)
-        half = len(work) // 2
 
         await asyncio.gather(
             kept.settles(*((one, Captured("ch")) for one in reversed(work))),
-            *(kept.cancels(held) for held in begun[half:]),
+            kept.cancels(*begun[10:20]),
+            kept.cancels(*reversed(begun[15:])),
         )
 
     states = {row["state"] for row in await kept.execute("SELECT state FROM payments")}
