@@ -33,7 +33,7 @@ def configure_logs(settings: ServiceSettings, service: str) -> None:
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer()
+        else structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     )
     exceptions = [structlog.processors.format_exc_info] if settings.log_format == "json" else []
     structlog.configure(
