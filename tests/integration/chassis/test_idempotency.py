@@ -157,6 +157,15 @@ async def test_a_forgotten_request_may_be_made_again(database: Database) -> None
     assert await found(database, kept.key) == Replay(b"kept")
 
 
+async def test_a_batch_is_written_in_the_order_of_its_keys(database: Database) -> None:
+    """Two batches that wait for each other's rows would deadlock; so nobody goes back."""
+    entries = [an_entry() for _ in range(50)]
+    await recorded(database, *entries)
+    async with database.reading() as connection:
+        rows = await connection.fetch("SELECT request_id FROM requests ORDER BY ctid")
+    assert [row["request_id"] for row in rows] == sorted(e.key.request_id for e in entries)
+
+
 async def test_batches_with_common_requests_do_not_deadlock(database: Database) -> None:
     """Whatever order they come in; each request is done by one of them."""
     entries = [an_entry() for _ in range(20)]

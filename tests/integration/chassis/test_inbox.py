@@ -82,6 +82,15 @@ async def test_a_concurrent_delivery_has_the_effect_when_the_first_fails(
     assert await other == [cause.event_id]
 
 
+async def test_a_batch_is_written_in_the_order_of_its_keys(database: Database) -> None:
+    """Two batches that wait for each other's rows would deadlock; so nobody goes back."""
+    causes = [ACause() for _ in range(50)]
+    await seen(database, *causes)
+    async with database.reading() as connection:
+        rows = await connection.fetch("SELECT event_id FROM inbox ORDER BY ctid")
+    assert [row["event_id"] for row in rows] == sorted(cause.event_id for cause in causes)
+
+
 async def test_overlapping_batches_do_not_deadlock(database: Database) -> None:
     """Whatever order they come in; each event is new for one of them."""
     causes = [ACause() for _ in range(20)]

@@ -287,6 +287,21 @@ async def test_relays_share_the_work_and_none_is_done_twice(database: Database) 
     assert sorted(published) == sorted(event.event_id for event in events)
 
 
+async def test_a_relay_does_not_wait_for_rows_that_another_is_claiming(
+    database: Database,
+) -> None:
+    """It steps over what is locked and takes what is free."""
+    broker = Scripted()
+    outbox = an_outbox(database, broker)
+    events = [an_event(f"a/{number}") for number in range(6)]
+    await staged(outbox, *events)
+    held = [event.event_id for event in events[::2]]
+    async with database.transaction() as other:
+        await other.execute("SELECT FROM outbox WHERE event_id = ANY($1) FOR UPDATE", held)
+        assert await outbox.relay.run_once() == 3
+    assert sorted(broker.event_ids) == sorted(event.event_id for event in events[1::2])
+
+
 # --- death and recovery ---------------------------------------------------------------
 
 
