@@ -281,10 +281,14 @@ def test_a_resource_says_all_that_an_order_holds() -> None:
 
 def test_equal_orders_give_equal_bytes() -> None:
     """A replay is compared byte by byte, so the order of labels must not matter."""
-    order = full_order()
-    turned = replace(order.basket, labels=dict(reversed(list(order.basket.labels.items()))))
-    assert order_resource(replace(order, basket=turned)) == order_resource(order)
-    assert list(turned.labels) != list(order.basket.labels)
+    labels = {f"label-{number}": str(number) for number in range(32)}
+    turned = dict(reversed(labels.items()))
+    one, other = (
+        full_order(basket=replace(full_order().basket, labels=given), order_id=ORDER_ID)
+        for given in (labels, turned)
+    )
+    assert list(turned) != list(labels)
+    assert order_resource(one) == order_resource(other)
 
 
 @pytest.mark.parametrize("enum", [OrderState, PaymentState, FulfillmentState, CaptureMethod])
