@@ -70,6 +70,7 @@ class Mesh:
     """What `meshctl up` printed."""
     env: dict[str, dict[str, str]] = field(default_factory=dict)
     """What `meshctl env` said for each merchant."""
+    _mails: dict[str, SentMail] = field(default_factory=dict, repr=False)
 
     def run(
         self,
@@ -183,11 +184,6 @@ class Mesh:
         """The pid of a process, to be killed as the kernel does when memory runs out."""
         return int(self.process(name)["pid"])
 
-    def is_back(self, name: str, *, instead_of: int) -> bool:
-        """Whether a killed process has a healthy successor."""
-        process = self.process(name)
-        return process["pid"] not in (None, instead_of) and process["health"] == "healthy"
-
     def said(self, text: str) -> datetime:
         """When the supervisor last said something, as its log of events has it."""
         lines = (self.state / "events.log").read_text().splitlines()
@@ -229,9 +225,10 @@ class Mesh:
 
     def mails(self, order: str = "") -> list[SentMail]:
         """Every mail that has reached the sink, or those about one order; the oldest first."""
-        about = f"X-Ordermesh-Order: {order}".encode()
-        contents = [path.read_bytes() for path in sorted((self.state / "mail").glob("[0-9]*.eml"))]
-        return [_read_mail(content) for content in contents if about in content]
+        for path in sorted((self.state / "mail").glob("[0-9]*.eml")):
+            if path.name not in self._mails:
+                self._mails[path.name] = _read_mail(path.read_bytes())
+        return [mail for mail in self._mails.values() if order in ("", mail.order)]
 
     def accesses(self, *, after: int = 0) -> list[Json]:
         """The entries of the edge's access log behind a position (see `log_position`)."""
