@@ -15,6 +15,9 @@ from uuid import UUID
 
 from chassis.errors import UnauthenticatedError
 
+HOP_SECONDS = 0.05
+"""What one hop keeps of the caller's time, to get its answer back."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
@@ -40,12 +43,15 @@ class CallContext:
         causation_id: The request or event that directly led here.
         traceparent: The W3C trace context, empty where nothing is traced.
         caller: Who calls; absent while an event is handled.
+        deadline: When the caller's time is over, by the event loop's clock; None where
+            nobody waits.
     """
 
     correlation_id: str = ""
     causation_id: str = ""
     traceparent: str = ""
     caller: Caller | None = None
+    deadline: float | None = None
 
     @property
     def trace_id(self) -> str:

@@ -7,12 +7,14 @@ the hop needs, and so do its correlation id and its merchant.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import grpc
 
-from chassis.context import current
+from chassis.context import HOP_SECONDS, current
+from chassis.errors import DeadlineError
 from chassis.settings import ServiceSettings
 
 
@@ -59,9 +61,23 @@ class _CarryContext(grpc.aio.UnaryUnaryClientInterceptor):
             metadata.add("x-mesh-merchant", context.caller.merchant)
         details = grpc.aio.ClientCallDetails(
             method=client_call_details.method,
-            timeout=client_call_details.timeout,
+            timeout=_timeout_within(context.deadline, client_call_details.timeout),
             metadata=metadata,
             credentials=client_call_details.credentials,
             wait_for_ready=client_call_details.wait_for_ready,
         )
         return await continuation(details, request)
+
+
+def _timeout_within(deadline: float | None, timeout: float | None) -> float | None:
+    """The time for a call, cut to what the call being handled has left but for our own hop.
+
+    Raises:
+        DeadlineError: Nothing is left; gRPC would take a time-out of zero for none.
+    """
+    if deadline is None:
+        return timeout
+    left = deadline - HOP_SECONDS - asyncio.get_running_loop().time()
+    if left <= 0:
+        raise DeadlineError("DEADLINE_EXCEEDED", "no time is left to ask another service")
+    return left if timeout is None else min(timeout, left)

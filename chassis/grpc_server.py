@@ -33,7 +33,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from protovalidate import Violation
 
 import ordermesh
-from chassis.context import CallContext, Caller, entered
+from chassis.context import HOP_SECONDS, CallContext, Caller, entered
 from chassis.errors import (
     DeadlineError,
     FieldViolation,
@@ -50,9 +50,6 @@ from chassis.settings import ServiceSettings
 DOMAIN = "ordermesh"
 RECEIVE_BYTES_MAX = 1024 * 1024
 METADATA_BYTES_MAX = 8 * 1024
-HOP_SECONDS = 0.05
-"""What one hop keeps of the caller's time, to get its answer back."""
-
 _log = structlog.get_logger("grpc")
 _SECONDS = Histogram(
     "mesh_grpc_server_seconds",
@@ -202,12 +199,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _check_fields(request)
         if shape.resource_field:
             self._check_merchant(getattr(request, shape.resource_field), call)
-        remaining = context.time_remaining()
-        if remaining is None:
+        if call.deadline is None:
             return await servicer(request, context)
-        if remaining < HOP_SECONDS:
+        if call.deadline - asyncio.get_running_loop().time() < HOP_SECONDS:
             raise _too_late()
-        clock = asyncio.timeout(remaining - HOP_SECONDS / 2)
+        clock = asyncio.timeout_at(call.deadline - HOP_SECONDS / 2)
         try:
             async with clock:
                 return await servicer(request, context)
@@ -235,11 +231,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         correlation_id = _plain(headers.get("x-correlation-id")) or _plain(
             headers.get("x-request-id")
         )
+        remaining = context.time_remaining()
         return CallContext(
             correlation_id=correlation_id or str(new_id()),
             causation_id=_plain(headers.get("x-request-id")),
             traceparent=_plain(headers.get("traceparent")),
             caller=caller,
+            deadline=(None if remaining is None else asyncio.get_running_loop().time() + remaining),
         )
 
     def _check_merchant(self, name: str, call: CallContext) -> None:

@@ -228,7 +228,7 @@ async def test_a_cache_that_hangs_costs_a_call_a_tenth_of_a_second_and_the_next_
     finally:
         os.kill(valkey.pid, signal.SIGCONT)
     assert source.asked == 101
-    assert first < 0.25, "a tenth of a second, and some for a busy machine"
+    assert first < 0.4, "a tenth of a second, and some for a busy machine"
     assert rest < first
     calls = source.asked
 

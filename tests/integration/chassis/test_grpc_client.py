@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import grpc
 import pytest
 
 from chassis.context import CallContext, Caller, entered
+from chassis.errors import DeadlineError
 from chassis.grpc_client import channel_to_mesh
 from chassis.settings import ServiceSettings
 from meshctl.credentials import Certificates
@@ -27,10 +29,12 @@ class Rates(rates_grpc.ExchangeRateServiceServicer):
     def __init__(self) -> None:
         self.headers: list[dict[str, Any]] = []
         self.names: list[tuple[str, ...]] = []
+        self.seconds: list[float | None] = []
 
     async def GetExchangeRate(self, request: Any, context: Any) -> rates_pb2.ExchangeRate:
         """Any pair is worth one."""
         self.headers.append(dict(context.invocation_metadata()))
+        self.seconds.append(context.time_remaining())
         found = context.auth_context().get("x509_subject_alternative_name", ())
         self.names.append(tuple(name.decode() for name in found))
         return rates_pb2.ExchangeRate(rate="1")
@@ -91,6 +95,38 @@ async def test_what_a_caller_gives_along_is_kept() -> None:
     (headers,) = rates.headers
     assert (headers["traceparent"], headers["x-own"]) == ("00-own-span-01", "1")
     assert headers["x-correlation-id"] == "corr-1"
+
+
+@pytest.mark.parametrize(
+    ("has_left", "asks_for", "given"),
+    [(None, None, None), (None, 20, 20), (10, None, 10), (10, 20, 10), (20, 10, 10)],
+)
+async def test_a_call_gets_no_more_time_than_its_own_caller_has(
+    has_left: float | None, asks_for: float | None, given: float | None
+) -> None:
+    """Less what the hop needs; what nobody waits for any more is not gone on with."""
+    now = asyncio.get_running_loop().time()
+    call = CallContext(deadline=None if has_left is None else now + has_left)
+    async with answering(None) as (rates, port), channel_to_mesh(settings(port)) as channel:
+        with entered(call):
+            await rates_grpc.ExchangeRateServiceStub(channel).GetExchangeRate(
+                REQUEST, timeout=asks_for
+            )
+    (seconds,) = rates.seconds
+    if given is None:
+        assert seconds is None
+    else:
+        assert seconds is not None
+        assert given / 2 < seconds < given + 0.1
+
+
+async def test_a_call_whose_callers_time_is_over_is_not_made() -> None:
+    """It fails as one that took too long."""
+    call = CallContext(deadline=asyncio.get_running_loop().time())
+    async with answering(None) as (rates, port), channel_to_mesh(settings(port)) as channel:
+        with entered(call), pytest.raises(DeadlineError):
+            await rates_grpc.ExchangeRateServiceStub(channel).GetExchangeRate(REQUEST)
+    assert rates.headers == []
 
 
 async def test_a_service_shows_its_certificate_and_expects_envoys(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ async def test_a_call_ends_before_its_callers_time_is_over(
     mesh: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The servicer is cancelled, and what it was is told by us, not by the caller's clock."""
-    monkeypatch.setattr("chassis.grpc_server.HOP_SECONDS", 1.6)
+    monkeypatch.setattr("chassis.grpc_server.HOP_SECONDS", 0.6)
     cancelled = asyncio.Event()
 
     async def waiting(request: Any, context: Any) -> Any:
@@ -375,10 +375,21 @@ async def test_a_call_ends_before_its_callers_time_is_over(
             cancelled.set()
 
     mesh.servicer.answer = waiting
-    refusal = await refused(mesh.get(timeout=1.7))
+    refusal = await refused(mesh.get(timeout=1.2))
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert refusal.reason == "DEADLINE_EXCEEDED"
     assert cancelled.is_set()
+
+
+async def test_a_call_knows_how_long_its_caller_waits(mesh: Running) -> None:
+    """So that the calls that it leads to wait no longer."""
+    now = asyncio.get_running_loop().time()
+    await mesh.get(timeout=20)
+    await mesh.get()
+    limited, unlimited = (context.deadline for context in mesh.servicer.contexts)
+    assert limited is not None
+    assert now < limited < now + 30
+    assert unlimited is None
 
 
 async def test_a_call_that_comes_too_late_is_not_begun(
