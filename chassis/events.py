@@ -26,7 +26,8 @@ class Event:
         event_id: Unique for ever; consumers remember it.
         merchant: The merchant to whom the aggregate belongs.
         aggregate: Resource name of what changed.
-        version: Counts the events of the aggregate from 1, without gaps.
+        version: Counts the changes of the aggregate from 1; one that is published to
+            nobody leaves a gap.
         occur_time: When the change was made, by the producer's clock.
         payload: The event's own proto message.
         correlation_id: Ties together what one outside call set off.

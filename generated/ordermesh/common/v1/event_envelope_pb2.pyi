@@ -50,7 +50,8 @@ class EventEnvelope(_message.Message):
     """
     aggregate_version: _builtins.int
     """aggregate_version counts the changes of the aggregate, from 1. Events of
-    one aggregate carry rising versions without gaps.
+    one aggregate carry rising versions; a change on which nobody acts is not
+    published and leaves a gap.
     """
     correlation_id: _builtins.str
     """correlation_id ties together everything that one call set off."""
