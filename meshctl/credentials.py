@@ -1,7 +1,7 @@
 """The keys of a mesh: its certificate authority, the certificates, and the callers' tokens.
 
 They are made at the first start and kept in the state folder, so that a client's CA file and
-tokens outlive a restart. They are for one machine: production brings its own (docs/operations).
+tokens outlive a restart. They are for one machine: production brings its own.
 """
 
 from __future__ import annotations
