@@ -17,11 +17,11 @@ from tests.e2e.meshes import Mesh, repeated
 
 
 @contextmanager
-def a_mesh(folder: Path, broker: str, *options: str) -> Iterator[Mesh]:
+def a_mesh(folder: Path, broker: str, *options: str, otlp_endpoint: str = "") -> Iterator[Mesh]:
     """A mesh that runs until the block ends, and leaves nothing behind."""
     mesh = Mesh(folder / "state", broker)
     try:
-        mesh.up(*options)
+        mesh.up(*options, otlp_endpoint=otlp_endpoint)
         yield mesh
         # Whatever the tests did to it, nobody was told anything twice.
         assert repeated(mesh.mails()) == {}

@@ -105,12 +105,13 @@ class Mesh:
 
     # ------------------------------------------------------------------ its life
 
-    def up(self, *arguments: str, broker_url: str = "") -> None:
+    def up(self, *arguments: str, broker_url: str = "", otlp_endpoint: str = "") -> None:
         """Starts it, detached, and remembers what was printed.
 
         Args:
             arguments: Further ones for `meshctl up`.
             broker_url: A broker that runs already; the mesh's own when empty.
+            otlp_endpoint: Where spans go; nothing is traced when empty.
         """
         self.env = {}
         broker = () if broker_url else ("--broker", self.broker)
@@ -120,7 +121,7 @@ class Mesh:
             *broker,
             *arguments,
             within_seconds=UP_SECONDS_MAX,
-            more={"MESH_BROKER_URL": broker_url} if broker_url else {},
+            more={"MESH_BROKER_URL": broker_url, "MESH_OTLP_ENDPOINT": otlp_endpoint},
         )
         self.shown = done.stdout
 
