@@ -50,7 +50,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_REQUEST_IN_PROGRESS: _ErrorReason.ValueType  # 5
     """The first request with this request_id is still being worked on. Repeat it
-    after the time in RetryInfo. ABORTED (409). Example:
+    after the time in RetryInfo. ABORTED (409). Reserved: in this version a repeat
+    waits for the first and is given its answer. Example:
         {"reason": "REQUEST_IN_PROGRESS", "domain": "ordermesh",
          "metadata": {"request_id": "2b7e…"}}
     """
@@ -95,8 +96,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
         {"reason": "OVERLOADED", "domain": "ordermesh", "metadata": {}}
     """
     ERROR_REASON_DEPENDENCY_UNAVAILABLE: _ErrorReason.ValueType  # 13
-    """Something the service depends on did not answer. Safe to repeat with the
-    same request_id. UNAVAILABLE (503). Example:
+    """Something the service depends on did not answer, or, from the edge and without
+    metadata, no replica of the service did. Safe to repeat with the same
+    request_id. UNAVAILABLE (503). Example:
         {"reason": "DEPENDENCY_UNAVAILABLE", "domain": "ordermesh",
          "metadata": {"dependency": "database"}}
     """
@@ -167,7 +169,8 @@ INVALID_ARGUMENT (400). Example:
 """
 ERROR_REASON_REQUEST_IN_PROGRESS: ErrorReason.ValueType  # 5
 """The first request with this request_id is still being worked on. Repeat it
-after the time in RetryInfo. ABORTED (409). Example:
+after the time in RetryInfo. ABORTED (409). Reserved: in this version a repeat
+waits for the first and is given its answer. Example:
     {"reason": "REQUEST_IN_PROGRESS", "domain": "ordermesh",
      "metadata": {"request_id": "2b7e…"}}
 """
@@ -212,8 +215,9 @@ RESOURCE_EXHAUSTED (429). Example:
     {"reason": "OVERLOADED", "domain": "ordermesh", "metadata": {}}
 """
 ERROR_REASON_DEPENDENCY_UNAVAILABLE: ErrorReason.ValueType  # 13
-"""Something the service depends on did not answer. Safe to repeat with the
-same request_id. UNAVAILABLE (503). Example:
+"""Something the service depends on did not answer, or, from the edge and without
+metadata, no replica of the service did. Safe to repeat with the same
+request_id. UNAVAILABLE (503). Example:
     {"reason": "DEPENDENCY_UNAVAILABLE", "domain": "ordermesh",
      "metadata": {"dependency": "database"}}
 """

@@ -45,9 +45,11 @@ class Notification(_message.Message):
         DEAD: Notification._State.ValueType  # 5
         """Given up; failure_reason says why. Final."""
         CANCELLED: Notification._State.ValueType  # 6
-        """Called off before it was sent. Final."""
+        """Called off before it was sent. Final. Reserved: nothing calls one off in this
+        version.
+        """
         SUPPRESSED: Notification._State.ValueType  # 7
-        """Not sent because the recipient must not be written to. Final."""
+        """Not sent because the recipient's address was erased. Final."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """State is how far the message has come (AIP-216)."""
@@ -65,9 +67,11 @@ class Notification(_message.Message):
     DEAD: Notification.State.ValueType  # 5
     """Given up; failure_reason says why. Final."""
     CANCELLED: Notification.State.ValueType  # 6
-    """Called off before it was sent. Final."""
+    """Called off before it was sent. Final. Reserved: nothing calls one off in this
+    version.
+    """
     SUPPRESSED: Notification.State.ValueType  # 7
-    """Not sent because the recipient must not be written to. Final."""
+    """Not sent because the recipient's address was erased. Final."""
 
     class _Channel:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -220,7 +224,9 @@ class ListNotificationsRequest(_message.Message):
     1000 (AIP-158).
     """
     page_token: _builtins.str
-    """page_token is the next_page_token of the page before."""
+    """page_token is the next_page_token of the page before, of the same parent and
+    filter; page_size may change from page to page.
+    """
     filter: _builtins.str
     """filter narrows the list. This version knows one form:
     `order = "merchants/{merchant}/orders/{order}"` (AIP-160).
@@ -250,10 +256,10 @@ class ListNotificationsResponse(_message.Message):
     NOTIFICATIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """next_page_token leads to the next page; empty on the last."""
+    """next_page_token leads to the next page; empty on the last, and there alone."""
     @_builtins.property
     def notifications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Notification]:
-        """notifications is the page, the newest first."""
+        """notifications is the page, the newest first; it may hold fewer than page_size."""
 
     def __init__(
         self,

@@ -29,6 +29,9 @@ class NotificationServiceStub:
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel):
@@ -53,11 +56,14 @@ class NotificationServiceServicer:
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def GetNotification(self, request, context):
         """GetNotification answers one notification as it is now. Returns NOT_FOUND
-        with NOTIFICATION_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+        with NOTIFICATION_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +102,9 @@ class NotificationService:
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @staticmethod

@@ -30,6 +30,9 @@ class NotificationServiceStub:
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_typing.overload
@@ -38,7 +41,7 @@ class NotificationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> NotificationServiceAsyncStub: ...
     GetNotification: _grpc.UnaryUnaryMultiCallable[_notification_service_pb2.GetNotificationRequest, _notification_service_pb2.Notification]
     """GetNotification answers one notification as it is now. Returns NOT_FOUND
-    with NOTIFICATION_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+    with NOTIFICATION_NOT_FOUND.
     """
     ListNotifications: _grpc.UnaryUnaryMultiCallable[_notification_service_pb2.ListNotificationsRequest, _notification_service_pb2.ListNotificationsResponse]
     """ListNotifications lists a merchant's notifications, the newest first.
@@ -50,12 +53,15 @@ class NotificationServiceAsyncStub(NotificationServiceStub):
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetNotification: _aio.UnaryUnaryMultiCallable[_notification_service_pb2.GetNotificationRequest, _notification_service_pb2.Notification]  # type: ignore[assignment]
     """GetNotification answers one notification as it is now. Returns NOT_FOUND
-    with NOTIFICATION_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+    with NOTIFICATION_NOT_FOUND.
     """
     ListNotifications: _aio.UnaryUnaryMultiCallable[_notification_service_pb2.ListNotificationsRequest, _notification_service_pb2.ListNotificationsResponse]  # type: ignore[assignment]
     """ListNotifications lists a merchant's notifications, the newest first.
@@ -66,6 +72,9 @@ class NotificationServiceServicer(metaclass=_abc_1.ABCMeta):
     """NotificationService shows what customers and merchants were told. It writes to
     them when it hears of an order's or a payment's event: one notification per
     event, recipient, channel and template, however often the event arrives.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_abc_1.abstractmethod
@@ -75,7 +84,7 @@ class NotificationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_notification_service_pb2.Notification, _abc.Awaitable[_notification_service_pb2.Notification]]:
         """GetNotification answers one notification as it is now. Returns NOT_FOUND
-        with NOTIFICATION_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+        with NOTIFICATION_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

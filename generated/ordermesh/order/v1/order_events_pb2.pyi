@@ -167,7 +167,8 @@ Global___OrderFailed: _TypeAlias = OrderFailed  # noqa: Y015
 class OrderPaymentRecorded(_message.Message):
     """OrderPaymentRecorded says that a fact about the order's money was recorded
     that did not move the order's state: a capture after an authorization, say, or
-    a refund that arrived after the order had ended.
+    a refund that arrived after the order had ended. It stands in the timeline
+    (ListOrderEvents) and is not published, because no other service acts on it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

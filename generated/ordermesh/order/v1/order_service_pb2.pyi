@@ -33,7 +33,9 @@ class _CaptureMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capture
     AUTOMATIC: _CaptureMethod.ValueType  # 1
     """At once, together with the authorization."""
     MANUAL: _CaptureMethod.ValueType  # 2
-    """Later, when the order is fulfilled or by CapturePayment."""
+    """Later: the amount is only reserved. This version has no call that takes it;
+    CancelOrder lets it go.
+    """
 
 class CaptureMethod(_CaptureMethod, metaclass=_CaptureMethodEnumTypeWrapper):
     """CaptureMethod says when authorized money is taken."""
@@ -43,7 +45,9 @@ CAPTURE_METHOD_UNSPECIFIED: CaptureMethod.ValueType  # 0
 AUTOMATIC: CaptureMethod.ValueType  # 1
 """At once, together with the authorization."""
 MANUAL: CaptureMethod.ValueType  # 2
-"""Later, when the order is fulfilled or by CapturePayment."""
+"""Later: the amount is only reserved. This version has no call that takes it;
+CancelOrder lets it go.
+"""
 Global___CaptureMethod: _TypeAlias = CaptureMethod  # noqa: Y015
 
 @_typing.final
@@ -65,13 +69,15 @@ class Order(_message.Message):
         CONFIRMED: Order._State.ValueType  # 2
         """The money is captured, or authorized where capture is manual."""
         COMPLETED: Order._State.ValueType  # 3
-        """Paid and fulfilled. Final."""
+        """Paid and fulfilled. Final. Reserved: nothing is fulfilled in this version."""
         FAILED: Order._State.ValueType  # 4
         """The payment failed; failure_reason says why. Final."""
         EXPIRING: Order._State.ValueType  # 5
-        """Too long unpaid: the payment is being called off."""
+        """Too long unpaid: the payment is being called off. Reserved: no order expires
+        in this version.
+        """
         EXPIRED: Order._State.ValueType  # 6
-        """Called off unpaid. Final."""
+        """Called off unpaid. Final. Reserved, as EXPIRING is."""
         CANCELLING: Order._State.ValueType  # 7
         """Being undone: waits for the void or the refund."""
         CANCELLED: Order._State.ValueType  # 8
@@ -89,13 +95,15 @@ class Order(_message.Message):
     CONFIRMED: Order.State.ValueType  # 2
     """The money is captured, or authorized where capture is manual."""
     COMPLETED: Order.State.ValueType  # 3
-    """Paid and fulfilled. Final."""
+    """Paid and fulfilled. Final. Reserved: nothing is fulfilled in this version."""
     FAILED: Order.State.ValueType  # 4
     """The payment failed; failure_reason says why. Final."""
     EXPIRING: Order.State.ValueType  # 5
-    """Too long unpaid: the payment is being called off."""
+    """Too long unpaid: the payment is being called off. Reserved: no order expires
+    in this version.
+    """
     EXPIRED: Order.State.ValueType  # 6
-    """Called off unpaid. Final."""
+    """Called off unpaid. Final. Reserved, as EXPIRING is."""
     CANCELLING: Order.State.ValueType  # 7
     """Being undone: waits for the void or the refund."""
     CANCELLED: Order.State.ValueType  # 8
@@ -120,7 +128,9 @@ class Order(_message.Message):
         REFUNDED: Order._PaymentState.ValueType  # 5
         """All that was captured is given back."""
         UNKNOWN: Order._PaymentState.ValueType  # 6
-        """The provider has not told what became of the last attempt."""
+        """The provider has not told what became of the last attempt. Reserved: the
+        payment says so (OUTCOME_UNKNOWN), the order keeps what was known before.
+        """
 
     class PaymentState(_PaymentState, metaclass=_PaymentStateEnumTypeWrapper):
         """PaymentState is what is known of the order's money."""
@@ -138,7 +148,9 @@ class Order(_message.Message):
     REFUNDED: Order.PaymentState.ValueType  # 5
     """All that was captured is given back."""
     UNKNOWN: Order.PaymentState.ValueType  # 6
-    """The provider has not told what became of the last attempt."""
+    """The provider has not told what became of the last attempt. Reserved: the
+    payment says so (OUTCOME_UNKNOWN), the order keeps what was known before.
+    """
 
     class _FulfillmentState:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -156,7 +168,9 @@ class Order(_message.Message):
         """Everything has left."""
 
     class FulfillmentState(_FulfillmentState, metaclass=_FulfillmentStateEnumTypeWrapper):
-        """FulfillmentState is how much of the goods has left."""
+        """FulfillmentState is how much of the goods has left. In this version nothing
+        reports that: every order is UNFULFILLED.
+        """
 
     FULFILLMENT_STATE_UNSPECIFIED: Order.FulfillmentState.ValueType  # 0
     """Never answered."""
@@ -221,8 +235,8 @@ class Order(_message.Message):
     currency_code: _builtins.str
     """currency_code is the ISO 4217 code of every amount in the order."""
     capture_method: Global___CaptureMethod.ValueType
-    """capture_method says when the money is taken: at once, or on fulfilment.
-    Unset means the merchant's own setting.
+    """capture_method says whether the money is taken at once or only reserved.
+    Unset means the merchant's own setting; an answer never leaves it unset.
     """
     state: Global___Order.State.ValueType
     """state is where the order stands."""
@@ -239,8 +253,9 @@ class Order(_message.Message):
     cancel_reason: _builtins.str
     """cancel_reason is what the caller of CancelOrder gave."""
     attention_reason: _builtins.str
-    """attention_reason is set when the order has been in a state for longer than
-    that state should last and a person should look.
+    """attention_reason is set when something happened to the order's money that the
+    order cannot follow (a refund that was refused, a reservation that was let go),
+    and a person should look.
     """
     etag: _builtins.str
     """etag names this very state of the order; give it to a mutation to have it
@@ -537,8 +552,8 @@ class ListOrdersRequest(_message.Message):
     taken as 1000 (AIP-158).
     """
     page_token: _builtins.str
-    """page_token is the next_page_token of the page before; everything else in
-    the request must be as it was then.
+    """page_token is the next_page_token of the page before, of the same parent;
+    page_size may change from page to page.
     """
     def __init__(
         self,
@@ -564,10 +579,10 @@ class ListOrdersResponse(_message.Message):
     ORDERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """next_page_token leads to the next page; empty on the last."""
+    """next_page_token leads to the next page; empty on the last, and there alone."""
     @_builtins.property
     def orders(self) -> _containers.RepeatedCompositeFieldContainer[Global___Order]:
-        """orders is the page, the newest first."""
+        """orders is the page, the newest first; it may hold fewer than page_size."""
 
     def __init__(
         self,
@@ -596,7 +611,7 @@ class CancelOrderRequest(_message.Message):
     name: _builtins.str
     """name is the order's resource name."""
     reason: _builtins.str
-    """reason is kept with the order and told to the customer."""
+    """reason is kept with the order and told to the merchant, not to the customer."""
     etag: _builtins.str
     """etag, when given, must be the order's present one."""
     request_id: _builtins.str
@@ -632,10 +647,10 @@ class ListOrderEventsRequest(_message.Message):
     """parent is the order's resource name."""
     page_size: _builtins.int
     """page_size is how many events at the most; 0 means 50, more than 1000 is
-    taken as 1000.
+    taken as 1000 (AIP-158).
     """
     page_token: _builtins.str
-    """page_token is the next_page_token of the page before."""
+    """page_token is the next_page_token of the page before, of the same order."""
     def __init__(
         self,
         *,
@@ -660,10 +675,10 @@ class ListOrderEventsResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """next_page_token leads to the next page; empty on the last."""
+    """next_page_token leads to the next page; empty on the last, and there alone."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrderEvent]:
-        """events is the page, the oldest first."""
+        """events is the page, the oldest first; it may hold fewer than page_size."""
 
     def __init__(
         self,
@@ -695,9 +710,11 @@ class OrderEvent(_message.Message):
     CAUSATION_ID_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """event_id is the id under which the change was published."""
+    """event_id is the change's id, under which it was published where others act
+    on it.
+    """
     type: _builtins.str
-    """type is the full proto name of the published event, for example
+    """type is the full proto name of the event that tells of it, for example
     `ordermesh.order.v1.OrderConfirmed`.
     """
     order_version: _builtins.int

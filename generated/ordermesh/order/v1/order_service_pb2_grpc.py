@@ -26,9 +26,12 @@ if _version_not_supported:
 
 
 class OrderServiceStub:
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel):
@@ -65,9 +68,12 @@ class OrderServiceStub:
 
 
 class OrderServiceServicer:
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def CreateOrder(self, request, context):
@@ -77,11 +83,10 @@ class OrderServiceServicer:
         Repeating it with the same request_id answers the first answer, to the
         byte, marked by `idempotency-replayed: true` in the initial metadata.
 
-        Returns INVALID_ARGUMENT with INVALID_FIELD, IDEMPOTENCY_KEY_MISSING,
-        IDEMPOTENCY_KEY_REUSED, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
+        Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED,
+        IDEMPOTENCY_KEY_CONFLICT, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
         AMOUNT_OUT_OF_RANGE; FAILED_PRECONDITION with TOTAL_MISMATCH; ALREADY_EXISTS
-        with CLIENT_ORDER_REF_TAKEN; PERMISSION_DENIED with MERCHANT_DENIED;
-        UNAVAILABLE with RATE_UNAVAILABLE.
+        with CLIENT_ORDER_REF_TAKEN; UNAVAILABLE with RATE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,8 +116,9 @@ class OrderServiceServicer:
 
         Repeating it with the same request_id answers the first answer; cancelling
         an order that is being cancelled already answers the order as it is.
-        Returns NOT_FOUND with ORDER_NOT_FOUND, FAILED_PRECONDITION with
-        ILLEGAL_TRANSITION, ABORTED with ETAG_MISMATCH.
+        Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED or
+        IDEMPOTENCY_KEY_CONFLICT; NOT_FOUND with ORDER_NOT_FOUND; FAILED_PRECONDITION
+        with ILLEGAL_TRANSITION; ABORTED with ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +126,8 @@ class OrderServiceServicer:
 
     def ListOrderEvents(self, request, context):
         """ListOrderEvents is an order's timeline, the oldest first: what happened,
-        when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND.
+        when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND,
+        INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,9 +170,12 @@ def add_OrderServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class OrderService:
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @staticmethod

@@ -27,9 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class OrderServiceStub:
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_typing.overload
@@ -43,11 +46,10 @@ class OrderServiceStub:
     Repeating it with the same request_id answers the first answer, to the
     byte, marked by `idempotency-replayed: true` in the initial metadata.
 
-    Returns INVALID_ARGUMENT with INVALID_FIELD, IDEMPOTENCY_KEY_MISSING,
-    IDEMPOTENCY_KEY_REUSED, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
+    Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED,
+    IDEMPOTENCY_KEY_CONFLICT, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
     AMOUNT_OUT_OF_RANGE; FAILED_PRECONDITION with TOTAL_MISMATCH; ALREADY_EXISTS
-    with CLIENT_ORDER_REF_TAKEN; PERMISSION_DENIED with MERCHANT_DENIED;
-    UNAVAILABLE with RATE_UNAVAILABLE.
+    with CLIENT_ORDER_REF_TAKEN; UNAVAILABLE with RATE_UNAVAILABLE.
     """
     GetOrder: _grpc.UnaryUnaryMultiCallable[_order_service_pb2.GetOrderRequest, _order_service_pb2.Order]
     """GetOrder answers one order as it is now. An order is readable as soon as
@@ -65,19 +67,24 @@ class OrderServiceStub:
 
     Repeating it with the same request_id answers the first answer; cancelling
     an order that is being cancelled already answers the order as it is.
-    Returns NOT_FOUND with ORDER_NOT_FOUND, FAILED_PRECONDITION with
-    ILLEGAL_TRANSITION, ABORTED with ETAG_MISMATCH.
+    Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED or
+    IDEMPOTENCY_KEY_CONFLICT; NOT_FOUND with ORDER_NOT_FOUND; FAILED_PRECONDITION
+    with ILLEGAL_TRANSITION; ABORTED with ETAG_MISMATCH.
     """
     ListOrderEvents: _grpc.UnaryUnaryMultiCallable[_order_service_pb2.ListOrderEventsRequest, _order_service_pb2.ListOrderEventsResponse]
     """ListOrderEvents is an order's timeline, the oldest first: what happened,
-    when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND.
+    when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND,
+    INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
     """
 
 @_typing.type_check_only
 class OrderServiceAsyncStub(OrderServiceStub):
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -88,11 +95,10 @@ class OrderServiceAsyncStub(OrderServiceStub):
     Repeating it with the same request_id answers the first answer, to the
     byte, marked by `idempotency-replayed: true` in the initial metadata.
 
-    Returns INVALID_ARGUMENT with INVALID_FIELD, IDEMPOTENCY_KEY_MISSING,
-    IDEMPOTENCY_KEY_REUSED, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
+    Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED,
+    IDEMPOTENCY_KEY_CONFLICT, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
     AMOUNT_OUT_OF_RANGE; FAILED_PRECONDITION with TOTAL_MISMATCH; ALREADY_EXISTS
-    with CLIENT_ORDER_REF_TAKEN; PERMISSION_DENIED with MERCHANT_DENIED;
-    UNAVAILABLE with RATE_UNAVAILABLE.
+    with CLIENT_ORDER_REF_TAKEN; UNAVAILABLE with RATE_UNAVAILABLE.
     """
     GetOrder: _aio.UnaryUnaryMultiCallable[_order_service_pb2.GetOrderRequest, _order_service_pb2.Order]  # type: ignore[assignment]
     """GetOrder answers one order as it is now. An order is readable as soon as
@@ -110,18 +116,23 @@ class OrderServiceAsyncStub(OrderServiceStub):
 
     Repeating it with the same request_id answers the first answer; cancelling
     an order that is being cancelled already answers the order as it is.
-    Returns NOT_FOUND with ORDER_NOT_FOUND, FAILED_PRECONDITION with
-    ILLEGAL_TRANSITION, ABORTED with ETAG_MISMATCH.
+    Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED or
+    IDEMPOTENCY_KEY_CONFLICT; NOT_FOUND with ORDER_NOT_FOUND; FAILED_PRECONDITION
+    with ILLEGAL_TRANSITION; ABORTED with ETAG_MISMATCH.
     """
     ListOrderEvents: _aio.UnaryUnaryMultiCallable[_order_service_pb2.ListOrderEventsRequest, _order_service_pb2.ListOrderEventsResponse]  # type: ignore[assignment]
     """ListOrderEvents is an order's timeline, the oldest first: what happened,
-    when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND.
+    when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND,
+    INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
     """
 
 class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
-    """OrderService places orders and follows them until they are paid, fulfilled or
+    """OrderService places orders and follows them until they are paid, failed or
     undone. Placing an order starts its payment; the payment's outcome moves the
     order on, so read the order again (or its events) to see it arrive.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_abc_1.abstractmethod
@@ -136,11 +147,10 @@ class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
         Repeating it with the same request_id answers the first answer, to the
         byte, marked by `idempotency-replayed: true` in the initial metadata.
 
-        Returns INVALID_ARGUMENT with INVALID_FIELD, IDEMPOTENCY_KEY_MISSING,
-        IDEMPOTENCY_KEY_REUSED, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
+        Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED,
+        IDEMPOTENCY_KEY_CONFLICT, DUPLICATE_SKU, CURRENCY_MISMATCH, CURRENCY_UNKNOWN or
         AMOUNT_OUT_OF_RANGE; FAILED_PRECONDITION with TOTAL_MISMATCH; ALREADY_EXISTS
-        with CLIENT_ORDER_REF_TAKEN; PERMISSION_DENIED with MERCHANT_DENIED;
-        UNAVAILABLE with RATE_UNAVAILABLE.
+        with CLIENT_ORDER_REF_TAKEN; UNAVAILABLE with RATE_UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -176,8 +186,9 @@ class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Repeating it with the same request_id answers the first answer; cancelling
         an order that is being cancelled already answers the order as it is.
-        Returns NOT_FOUND with ORDER_NOT_FOUND, FAILED_PRECONDITION with
-        ILLEGAL_TRANSITION, ABORTED with ETAG_MISMATCH.
+        Returns INVALID_ARGUMENT with IDEMPOTENCY_KEY_MISSING, IDEMPOTENCY_KEY_REUSED or
+        IDEMPOTENCY_KEY_CONFLICT; NOT_FOUND with ORDER_NOT_FOUND; FAILED_PRECONDITION
+        with ILLEGAL_TRANSITION; ABORTED with ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -187,7 +198,8 @@ class OrderServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_order_service_pb2.ListOrderEventsResponse, _abc.Awaitable[_order_service_pb2.ListOrderEventsResponse]]:
         """ListOrderEvents is an order's timeline, the oldest first: what happened,
-        when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND.
+        when, and in which trace. Returns NOT_FOUND with ORDER_NOT_FOUND,
+        INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
         """
 
 def add_OrderServiceServicer_to_server(servicer: OrderServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

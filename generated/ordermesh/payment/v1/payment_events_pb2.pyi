@@ -85,9 +85,7 @@ Global___PaymentSucceeded: _TypeAlias = PaymentSucceeded  # noqa: Y015
 
 @_typing.final
 class PaymentFailed(_message.Message):
-    """PaymentFailed says that nothing was taken for an order and nothing will be,
-    unless a further attempt is asked for.
-    """
+    """PaymentFailed says that nothing was taken for an order and nothing will be."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -38,19 +38,23 @@ class Payment(_message.Message):
         PENDING: Payment._State.ValueType  # 1
         """Not yet sent to the provider."""
         REQUIRES_ACTION: Payment._State.ValueType  # 2
-        """The customer has to do something first, for example 3-D Secure."""
+        """The customer has to do something first, for example 3-D Secure. Reserved: no
+        provider of this version asks for it.
+        """
         PROCESSING: Payment._State.ValueType  # 3
         """Sent to the provider, which has not answered yet."""
         AUTHORIZED: Payment._State.ValueType  # 4
         """The amount is reserved."""
         PARTIALLY_CAPTURED: Payment._State.ValueType  # 5
-        """A part of the amount is taken."""
+        """A part of the amount is taken. Reserved: this version takes all or nothing."""
         CAPTURED: Payment._State.ValueType  # 6
         """The amount is taken."""
         VOIDED: Payment._State.ValueType  # 7
-        """The reservation was let go. Final."""
+        """The reservation was let go, or the charge called off before it was made.
+        Final.
+        """
         EXPIRED: Payment._State.ValueType  # 8
-        """The reservation ran out. Final."""
+        """The reservation ran out. Final. Reserved: no provider of this version tells."""
         FAILED: Payment._State.ValueType  # 9
         """Nothing was taken; failure_reason says why. Final."""
         OUTCOME_UNKNOWN: Payment._State.ValueType  # 10
@@ -66,19 +70,23 @@ class Payment(_message.Message):
     PENDING: Payment.State.ValueType  # 1
     """Not yet sent to the provider."""
     REQUIRES_ACTION: Payment.State.ValueType  # 2
-    """The customer has to do something first, for example 3-D Secure."""
+    """The customer has to do something first, for example 3-D Secure. Reserved: no
+    provider of this version asks for it.
+    """
     PROCESSING: Payment.State.ValueType  # 3
     """Sent to the provider, which has not answered yet."""
     AUTHORIZED: Payment.State.ValueType  # 4
     """The amount is reserved."""
     PARTIALLY_CAPTURED: Payment.State.ValueType  # 5
-    """A part of the amount is taken."""
+    """A part of the amount is taken. Reserved: this version takes all or nothing."""
     CAPTURED: Payment.State.ValueType  # 6
     """The amount is taken."""
     VOIDED: Payment.State.ValueType  # 7
-    """The reservation was let go. Final."""
+    """The reservation was let go, or the charge called off before it was made.
+    Final.
+    """
     EXPIRED: Payment.State.ValueType  # 8
-    """The reservation ran out. Final."""
+    """The reservation ran out. Final. Reserved: no provider of this version tells."""
     FAILED: Payment.State.ValueType  # 9
     """Nothing was taken; failure_reason says why. Final."""
     OUTCOME_UNKNOWN: Payment.State.ValueType  # 10
@@ -284,7 +292,9 @@ class ListPaymentsRequest(_message.Message):
     taken as 1000 (AIP-158).
     """
     page_token: _builtins.str
-    """page_token is the next_page_token of the page before."""
+    """page_token is the next_page_token of the page before, of the same parent and
+    filter; page_size may change from page to page.
+    """
     filter: _builtins.str
     """filter narrows the list. This version knows one form:
     `order = "merchants/{merchant}/orders/{order}"` (AIP-160).
@@ -314,10 +324,10 @@ class ListPaymentsResponse(_message.Message):
     PAYMENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """next_page_token leads to the next page; empty on the last."""
+    """next_page_token leads to the next page; empty on the last, and there alone."""
     @_builtins.property
     def payments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Payment]:
-        """payments is the page, the newest first."""
+        """payments is the page, the newest first; it may hold fewer than page_size."""
 
     def __init__(
         self,

@@ -29,6 +29,9 @@ class PaymentServiceStub:
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel):
@@ -53,11 +56,14 @@ class PaymentServiceServicer:
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def GetPayment(self, request, context):
         """GetPayment answers one payment as it is now. Returns NOT_FOUND with
-        PAYMENT_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+        PAYMENT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +102,9 @@ class PaymentService:
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @staticmethod

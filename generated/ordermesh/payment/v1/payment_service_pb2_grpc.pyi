@@ -30,6 +30,9 @@ class PaymentServiceStub:
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_typing.overload
@@ -38,7 +41,7 @@ class PaymentServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PaymentServiceAsyncStub: ...
     GetPayment: _grpc.UnaryUnaryMultiCallable[_payment_service_pb2.GetPaymentRequest, _payment_service_pb2.Payment]
     """GetPayment answers one payment as it is now. Returns NOT_FOUND with
-    PAYMENT_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+    PAYMENT_NOT_FOUND.
     """
     ListPayments: _grpc.UnaryUnaryMultiCallable[_payment_service_pb2.ListPaymentsRequest, _payment_service_pb2.ListPaymentsResponse]
     """ListPayments lists a merchant's payments, the newest first. Returns
@@ -50,12 +53,15 @@ class PaymentServiceAsyncStub(PaymentServiceStub):
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPayment: _aio.UnaryUnaryMultiCallable[_payment_service_pb2.GetPaymentRequest, _payment_service_pb2.Payment]  # type: ignore[assignment]
     """GetPayment answers one payment as it is now. Returns NOT_FOUND with
-    PAYMENT_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+    PAYMENT_NOT_FOUND.
     """
     ListPayments: _aio.UnaryUnaryMultiCallable[_payment_service_pb2.ListPaymentsRequest, _payment_service_pb2.ListPaymentsResponse]  # type: ignore[assignment]
     """ListPayments lists a merchant's payments, the newest first. Returns
@@ -66,6 +72,9 @@ class PaymentServiceServicer(metaclass=_abc_1.ABCMeta):
     """PaymentService shows payments. They are made by placing orders: the service
     hears of a new order over the broker, charges it once and reports the outcome
     the same way.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD and MERCHANT_DENIED above all.
     """
 
     @_abc_1.abstractmethod
@@ -75,7 +84,7 @@ class PaymentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_payment_service_pb2.Payment, _abc.Awaitable[_payment_service_pb2.Payment]]:
         """GetPayment answers one payment as it is now. Returns NOT_FOUND with
-        PAYMENT_NOT_FOUND, PERMISSION_DENIED with MERCHANT_DENIED.
+        PAYMENT_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

@@ -74,7 +74,9 @@ class ExchangeRate(_message.Message):
     provider: _builtins.str
     """provider is who published it, for example `ecb`."""
     stale: _builtins.bool
-    """stale says that a newer rate should have been published since."""
+    """stale says that a newer rate should have been published since: until now, or
+    until the end of the day that was asked for.
+    """
     @_builtins.property
     def as_of_time(self) -> _timestamp_pb2.Timestamp:
         """as_of_time is the moment for which it was published."""
@@ -107,9 +109,11 @@ class ListCurrenciesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """page_size is how many at the most; 0 means all."""
+    """page_size is how many at the most; 0 means all, for there are few."""
     page_token: _builtins.str
-    """page_token is the next_page_token of the page before."""
+    """page_token is the next_page_token of the page before; page_size may change
+    from page to page.
+    """
     def __init__(
         self,
         *,
@@ -133,7 +137,7 @@ class ListCurrenciesResponse(_message.Message):
     CURRENCIES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """next_page_token leads to the next page; empty on the last."""
+    """next_page_token leads to the next page; empty on the last, and there alone."""
     @_builtins.property
     def currencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Currency]:
         """currencies is the page, by code."""
@@ -165,14 +169,14 @@ class GetExchangeRateRequest(_message.Message):
     """name is the pair: `exchangeRates/USD-EUR`."""
     @_builtins.property
     def max_staleness(self) -> _duration_pb2.Duration:
-        """max_staleness is how old the rate may be at the most. Unset means any age;
-        the answer says how old it is.
+        """max_staleness is how old the rate may be at the most: now, or at the end of
+        as_of_date. Unset means any age; the answer says how old it is.
         """
 
     @_builtins.property
     def as_of_date(self) -> _date_pb2.Date:
-        """as_of_date asks for the rate of that day, or the last one before it. Unset
-        means the newest.
+        """as_of_date asks for the rate of that day, or the last one in the week before
+        it. Unset means the newest. A day that has not come yet is INVALID_FIELD.
         """
 
     def __init__(
@@ -208,11 +212,15 @@ class ConvertMoneyRequest(_message.Message):
 
     @_builtins.property
     def max_staleness(self) -> _duration_pb2.Duration:
-        """max_staleness is how old the rate may be at the most; unset means any age."""
+        """max_staleness is how old the rate may be at the most: now, or at the end of
+        as_of_date. Unset means any age.
+        """
 
     @_builtins.property
     def as_of_date(self) -> _date_pb2.Date:
-        """as_of_date asks for the rate of that day, or the last one before it."""
+        """as_of_date asks for the rate of that day, or the last one in the week before
+        it. Unset means the newest. A day that has not come yet is INVALID_FIELD.
+        """
 
     def __init__(
         self,

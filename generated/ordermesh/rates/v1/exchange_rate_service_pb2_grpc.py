@@ -28,6 +28,9 @@ if _version_not_supported:
 class ExchangeRateServiceStub:
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     def __init__(self, channel):
@@ -56,10 +59,14 @@ class ExchangeRateServiceStub:
 class ExchangeRateServiceServicer:
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     def ListCurrencies(self, request, context):
-        """ListCurrencies lists the currencies that can be converted, by code.
+        """ListCurrencies lists the currencies that can be converted, by code. Returns
+        INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +119,9 @@ def add_ExchangeRateServiceServicer_to_server(servicer, server):
 class ExchangeRateService:
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     @staticmethod

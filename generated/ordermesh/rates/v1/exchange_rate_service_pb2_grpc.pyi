@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class ExchangeRateServiceStub:
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     @_typing.overload
@@ -36,7 +39,9 @@ class ExchangeRateServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ExchangeRateServiceAsyncStub: ...
     ListCurrencies: _grpc.UnaryUnaryMultiCallable[_exchange_rate_service_pb2.ListCurrenciesRequest, _exchange_rate_service_pb2.ListCurrenciesResponse]
-    """ListCurrencies lists the currencies that can be converted, by code."""
+    """ListCurrencies lists the currencies that can be converted, by code. Returns
+    INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
+    """
     GetExchangeRate: _grpc.UnaryUnaryMultiCallable[_exchange_rate_service_pb2.GetExchangeRateRequest, _exchange_rate_service_pb2.ExchangeRate]
     """GetExchangeRate answers the newest rate of a pair, or that of a day. Returns
     NOT_FOUND with RATE_NOT_FOUND, FAILED_PRECONDITION with RATE_TOO_STALE.
@@ -52,11 +57,16 @@ class ExchangeRateServiceStub:
 class ExchangeRateServiceAsyncStub(ExchangeRateServiceStub):
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListCurrencies: _aio.UnaryUnaryMultiCallable[_exchange_rate_service_pb2.ListCurrenciesRequest, _exchange_rate_service_pb2.ListCurrenciesResponse]  # type: ignore[assignment]
-    """ListCurrencies lists the currencies that can be converted, by code."""
+    """ListCurrencies lists the currencies that can be converted, by code. Returns
+    INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
+    """
     GetExchangeRate: _aio.UnaryUnaryMultiCallable[_exchange_rate_service_pb2.GetExchangeRateRequest, _exchange_rate_service_pb2.ExchangeRate]  # type: ignore[assignment]
     """GetExchangeRate answers the newest rate of a pair, or that of a day. Returns
     NOT_FOUND with RATE_NOT_FOUND, FAILED_PRECONDITION with RATE_TOO_STALE.
@@ -71,6 +81,9 @@ class ExchangeRateServiceAsyncStub(ExchangeRateServiceStub):
 class ExchangeRateServiceServicer(metaclass=_abc_1.ABCMeta):
     """ExchangeRateService answers exchange rates. Every answer says where the rate
     comes from, for which moment it was published and whether that is long ago.
+
+    Every method may also be refused for a reason that is not its own, of
+    ordermesh.common.v1.ErrorReason: INVALID_FIELD above all.
     """
 
     @_abc_1.abstractmethod
@@ -79,7 +92,9 @@ class ExchangeRateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _exchange_rate_service_pb2.ListCurrenciesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_exchange_rate_service_pb2.ListCurrenciesResponse, _abc.Awaitable[_exchange_rate_service_pb2.ListCurrenciesResponse]]:
-        """ListCurrencies lists the currencies that can be converted, by code."""
+        """ListCurrencies lists the currencies that can be converted, by code. Returns
+        INVALID_ARGUMENT with PAGE_TOKEN_INVALID.
+        """
 
     @_abc_1.abstractmethod
     def GetExchangeRate(
