@@ -121,12 +121,14 @@ def dead_letter_of(consumer: str, taken: DeliveredMessage) -> DeadLetterRecord:
             first_death_time=_time(headers.get(FIRST_DEATH), now),
             death_time=_time(headers.get(DEATH), now),
         )
-    # RabbitMQ put it here of its own accord, and says why in its own way.
+    # RabbitMQ put it here of its own accord, and says why in its own way: the newest death
+    # comes first. What it calls the first may be a retry's stay in its queue.
     deaths = headers.get("x-death")
-    death = deaths[0] if isinstance(deaths, list) and deaths else {}
-    when = death.get("time") if isinstance(death, dict) else None
+    newest = deaths[0] if isinstance(deaths, list) and deaths else None
+    death = newest if isinstance(newest, dict) else {}
+    when = death.get("time")
     moment = when if isinstance(when, datetime) else datetime.now(UTC)
-    reason = str(headers.get("x-first-death-reason", "unknown"))
+    reason = str(death.get("reason", "unknown"))
     return DeadLetterRecord(
         message=message,
         consumer=consumer,
