@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -300,20 +301,40 @@ def port_is_free(port: int) -> bool:
             except PermissionError:
                 return False
             except OSError as error:
-                if family == socket.AF_INET or error.errno == 98:  # EADDRINUSE
+                if family == socket.AF_INET or error.errno == errno.EADDRINUSE:
                     return False
     return True
 
 
-def free_port(*, but: frozenset[int] | set[int] = frozenset()) -> int:
-    """Answers a loopback port that nobody listens on, and that is not one of `but`.
+def hold_free_port(*, but: Collection[int] = ()) -> socket.socket:
+    """Answers a socket on a port that nobody listens on or holds, and that is not one of `but`.
 
-    Chosen at random, so that two meshes started in the same moment rarely meet.
+    Until the socket is closed nobody else is given the port here, while a server can listen on
+    it: the socket is bound alone, which a second holder is refused, and listens never.
     """
     for port in random.SystemRandom().sample(_PORTS, 2_000):
-        if port not in but and port_is_free(port):
-            return port
-    raise MeshError("there is no free port on the loopback interface between 18000 and 32000")
+        if port in but or not port_is_free(port):
+            continue
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", port))
+        except OSError:
+            held.close()
+            continue
+        # From now on others that set it may bind as well, as every server does.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return held
+    raise MeshError(
+        "there is no free port on the loopback interface between 18000 and 32000",
+        hint="ss -ltn shows who listens",
+    )
+
+
+def free_port(*, but: Collection[int] = ()) -> int:
+    """Answers a loopback port as `hold_free_port` does, and holds it no longer."""
+    with hold_free_port(but=but) as held:
+        port: int = held.getsockname()[1]
+        return port
 
 
 async def port_answers(port: int) -> None:

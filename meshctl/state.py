@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import secrets
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 
 from meshctl.credentials import Certificates, TokenKey, write_private
 from meshctl.leftovers import Found, look
-from meshctl.processes import MeshError, free_port, port_is_free
+from meshctl.processes import MeshError, hold_free_port, port_is_free
 
 DEFAULT_FOLDER = ".mesh"
 VARIABLE = "MESH_STATE"
@@ -142,6 +143,8 @@ class StateFolder:
         self._memory_file = self.path / "mesh.json"
         self._run_file = self.path / "run.json"
         self._memory: dict[str, Any] = {}
+        self._given: dict[str, int] = {}
+        self._held_ports: list[socket.socket] = []
 
     @classmethod
     def chosen(cls, option: str | None) -> StateFolder:
@@ -217,6 +220,9 @@ class StateFolder:
     def port(self, purpose: str, *, wanted: int | None = None) -> tuple[int, int | None]:
         """Answers the loopback port for a purpose: the same at every start, if it is free.
 
+        A new port is held until `release_ports`, so that no other mesh chooses it in the time
+        that a server needs to listen on it.
+
         Args:
             purpose: Such as ``edge`` or ``postgres``.
             wanted: Insist on this one.
@@ -229,17 +235,33 @@ class StateFolder:
         """
         known: dict[str, int] = self._memory["ports"]
         before = known.get(purpose)
-        if wanted is not None:
-            if not port_is_free(wanted):
-                raise PortTakenError(wanted)
-            known[purpose] = wanted
+        others = {port for other, port in self._given.items() if other != purpose}
+        if wanted is not None and (wanted in others or not port_is_free(wanted)):
+            raise PortTakenError(wanted)
+        port = wanted or before
+        if port is None or port in others or not port_is_free(port):
+            held = hold_free_port(but={*known.values(), *others})
+            self._held_ports.append(held)
+            port = int(held.getsockname()[1])
+        self._given[purpose] = port
+        if port != before:
+            known[purpose] = port
             self._remember()
-            return wanted, None
-        if before is not None and port_is_free(before):
-            return before, None
-        known[purpose] = free_port(but=set(known.values()))
-        self._remember()
-        return known[purpose], before
+        return port, before if before != port and wanted is None else None
+
+    def lost_ports(self) -> list[int]:
+        """Answers which of the ports that `port` gave somebody else listens on.
+
+        To be asked while nothing of this mesh runs.
+        """
+        return [port for port in self._given.values() if not port_is_free(port)]
+
+    def release_ports(self) -> None:
+        """Holds no port any longer, and forgets which ones `port` gave."""
+        for held in self._held_ports:
+            held.close()
+        self._held_ports.clear()
+        self._given.clear()
 
     @property
     def broker(self) -> str:

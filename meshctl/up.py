@@ -57,10 +57,34 @@ def run_mesh(
     """
     lock = state.take()
     try:
-        mesh = Mesh(state, options, say)
-        asyncio.run(_run(mesh, up, say))
+        while _loses_a_port(state, options, say=say, up=up):
+            pass
     finally:
         lock.release()
+
+
+def _loses_a_port(
+    state: StateFolder,
+    options: Options,
+    *,
+    say: Callable[[str, Level], None],
+    up: Callable[[Mesh, asyncio.Event], Awaitable[None]],
+) -> bool:
+    """Runs a mesh, and answers whether it failed to start for a port that was taken meanwhile.
+
+    Ports are chosen free, and listened on a moment later: a stranger may be quicker. The next
+    plan of the mesh finds that port taken, and chooses another.
+    """
+    try:
+        asyncio.run(_run(Mesh(state, options, say), up, say))
+    except ProcessFailedError as error:
+        if not state.lost_ports():
+            raise
+        say(f"{str(error).splitlines()[0]}: a port was taken meanwhile, starting anew", "warning")
+        return True
+    finally:
+        state.release_ports()
+    return False
 
 
 async def _run(

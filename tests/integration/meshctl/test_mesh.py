@@ -1,5 +1,6 @@
 """A whole mesh, but for its services: started, restarted, killed in every way, and ended."""
 
+import asyncio
 import ipaddress
 import json
 import os
@@ -15,8 +16,18 @@ from pathlib import Path
 import psutil
 import pytest
 
+from meshctl.mesh import Mesh, Options
 from meshctl.processes import free_port
-from tests.integration.meshctl.conftest import Meshctl, await_gone, send, soon, supervisor_of
+from meshctl.state import StateFolder
+from meshctl.up import run_mesh
+from tests.integration.meshctl.conftest import (
+    CHECKOUT,
+    Meshctl,
+    await_gone,
+    send,
+    soon,
+    supervisor_of,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -134,6 +145,35 @@ def test_a_port_that_was_taken_meanwhile_is_replaced_and_said_so(meshctl: Meshct
         done = meshctl.up()
         assert f"port {port} (edge) is taken now" in done.stderr
         assert meshctl.status()["url"] != f"https://localhost:{port}"
+
+
+def test_a_start_outlives_a_stranger_who_takes_a_port_that_was_chosen(
+    fakes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between choosing a port and listening on it; the mesh comes up on another, and says so."""
+    monkeypatch.setenv("PYTHONPATH", f"{fakes}{os.pathsep}{CHECKOUT}")
+    state = StateFolder(tmp_path / "state")
+    said: list[str] = []
+    strangers: list[socket.socket] = []
+    urls: list[str] = []
+
+    def say(text: str, _: str) -> None:
+        said.append(text)
+        if text.startswith("valkey ready") and not strangers:
+            taken = json.loads((state.path / "mesh.json").read_text())["ports"]["edge"]
+            strangers.append(socket.create_server(("127.0.0.1", taken)))
+
+    async def up(mesh: Mesh, stopping: asyncio.Event) -> None:
+        urls.append(mesh.url)
+        stopping.set()
+
+    run_mesh(state, Options(), say=say, up=up)
+    with strangers[0] as stranger:
+        lost = stranger.getsockname()[1]
+    assert len(urls) == 1
+    assert not urls[0].endswith(f":{lost}")
+    assert any("a port was taken meanwhile" in text for text in said)
+    assert any(text.startswith(f"port {lost} (edge) is taken now") for text in said)
 
 
 def test_a_port_that_the_user_insists_on_is_used_or_refused(meshctl: Meshctl) -> None:

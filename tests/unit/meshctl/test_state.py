@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshctl.processes import MeshError
+from meshctl.processes import MeshError, free_port, port_is_free
 from meshctl.state import (
     AlreadyRunningError,
     NotRunningError,
@@ -69,6 +69,41 @@ def test_a_port_that_is_insisted_on_and_taken_is_refused(tmp_path: Path) -> None
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PortTakenError) as refused:
         state.port("edge", wanted=taken.getsockname()[1])
     assert refused.value.exit_code == 2
+
+
+def test_two_meshes_that_start_in_the_same_moment_are_given_different_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port counts as taken from when it is chosen, and not only once a server listens there."""
+    port = free_port()
+    drawn = [port, *(other for other in range(port + 1, port + 20) if port_is_free(other))]
+    monkeypatch.setattr("random.SystemRandom.sample", lambda *_: drawn)
+    one, other = StateFolder(tmp_path / "one"), StateFolder(tmp_path / "other")
+    for state in (one, other):
+        state.take().release()
+    assert one.port("edge")[0] == port
+    assert other.port("edge")[0] != port
+    with socket.create_server(("127.0.0.1", port)):
+        assert one.lost_ports() == [port]
+    one.release_ports()
+    other.release_ports()
+    assert free_port() == port
+
+
+def test_a_port_that_is_insisted_on_is_taken_from_the_part_that_had_it(tmp_path: Path) -> None:
+    """Nobody listens on the database's port while ports are chosen; it is still one port."""
+    first = StateFolder(tmp_path / "state")
+    first.take().release()
+    port, _ = first.port("postgres")
+    first.release_ports()
+    second = StateFolder(tmp_path / "state")
+    second.take().release()
+    assert second.port("edge", wanted=port) == (port, None)
+    chosen, before = second.port("postgres")
+    assert (chosen != port, before) == (True, port)
+    with pytest.raises(PortTakenError):
+        second.port("admin", wanted=port)
+    second.release_ports()
 
 
 def test_a_folder_is_taken_by_one_supervisor_at_a_time(tmp_path: Path) -> None:
