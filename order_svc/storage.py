@@ -2,13 +2,15 @@
 
 One transaction writes the order, its history, its read row, its event and the answer
 of the request that asked for it. Placements of concurrent callers share a transaction
-(`chassis.group_commit`), and so do the payment events of one batch; every statement
-writes all rows of its batch, in the order of their keys, so batches never deadlock.
+(`chassis.group_commit`), and so do their changes, and the payment events of one batch.
+Rows for which batches compete are taken in one order, so that batches never deadlock:
+orders by name, new ones by the client_order_ref that only one of them may have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +22,7 @@ from chassis.errors import (
     ConflictError,
     InvalidInputError,
     NotFoundError,
+    ServiceError,
 )
 from chassis.events import Event
 from chassis.group_commit import GroupCommit
@@ -51,7 +54,7 @@ WITH given AS (
     AS g(merchant, order_id, announcement, client_order_ref, document, state, payment_state,
          fulfillment_state, create_time, customer_id, email, locale, shipping_address,
          billing_address, resource)
-    ORDER BY merchant, order_id
+    ORDER BY merchant, client_order_ref
 ), placed AS (
     INSERT INTO orders (merchant, order_id, version, announcement, client_order_ref, document,
                         state, payment_state, fulfillment_state, payment, failure_reason,
@@ -120,6 +123,19 @@ JOIN unnest($1::text[], $2::text[]) AS g(merchant, client_order_ref)
 
 OrderKey = tuple[str, UUID]
 
+Version = tuple[Order, bytes, CallContext]
+"""A version of an order, its resource, and the context of what made it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """A change that waits for its batch."""
+
+    request: RequestKey
+    order: OrderKey
+    decide: Callable[[Order], Order | None]
+    context: CallContext
+
 
 class PostgresOrders:
     """The `OrderStore` of the service.
@@ -139,6 +155,7 @@ class PostgresOrders:
         self._placements: GroupCommit[tuple[Placement, CallContext], Answer] = GroupCommit(
             "place-orders", self._place_all
         )
+        self._changes: GroupCommit[_Change, Answer] = GroupCommit("change-orders", self._change_all)
 
     async def place(self, placement: Placement) -> Answer:
         """Writes a new order together with whatever else is being placed now."""
@@ -157,31 +174,10 @@ class PostgresOrders:
         order_id: UUID,
         decide: Callable[[Order], Order | None],
     ) -> Answer:
-        """Locks an order, decides, and writes what was decided and answered."""
-        staged: list[OutboxRow] = []
-        changed: list[tuple[Order, bytes]] = []
-        async with self._database.transaction() as connection:
-            locked = await _lock(connection, {(merchant, order_id)})
-            order = locked.get((merchant, order_id))
-            if order is None:
-                raise order_not_found(merchant, order_id)
-            # Looked up under the lock, so that a concurrent twin has answered by now.
-            if (found := await find(connection, request)) is not None:
-                return replayed(found)
-            decided = decide(order)
-            resource = order_resource(decided or order)
-            entry = Entry(key=request, resource_id=self._new_id(), answer=resource)
-            (outcome,) = await record(connection, [entry])
-            if isinstance(outcome, InvalidInputError):
-                raise outcome
-            if isinstance(outcome, Replay):
-                return replayed(outcome)
-            if decided is not None:
-                changed.append((decided, resource))
-                staged = await self._write(connection, changed, [current()])
-        self._outbox.relay.offer(staged)
-        await self._refresh(changed)
-        return Answer(resource)
+        """Changes an order together with whatever else is being changed now."""
+        return await self._changes.submit(
+            _Change(request=request, order=(merchant, order_id), decide=decide, context=current())
+        )
 
     async def record(
         self,
@@ -198,7 +194,7 @@ class PostgresOrders:
             orders = await _lock(
                 connection, {(report.merchant, report.order_id) for report in todo}
             )
-            versions: list[tuple[Order, CallContext]] = []
+            versions: list[Version] = []
             for report in todo:
                 key = (report.merchant, report.order_id)
                 if key not in orders:
@@ -209,11 +205,10 @@ class PostgresOrders:
                 decided = decide(report.fact, orders[key])
                 if decided is not None:
                     orders[key] = decided
-                    versions.append((decided, report.cause.context))
-            changed = [(order, order_resource(order)) for order, _ in versions]
-            staged = await self._write(connection, changed, [context for _, context in versions])
+                    versions.append((decided, order_resource(decided), report.cause.context))
+            staged = await self._write(connection, versions)
         self._outbox.relay.offer(staged)
-        await self._refresh(changed)
+        await self._refresh(versions)
 
     async def _place_all(
         self, jobs: Sequence[tuple[Placement, CallContext]]
@@ -238,21 +233,17 @@ class PostgresOrders:
                 )
                 if outcome is None
             ]
-            placed = await _insert(connection, [(order, res) for order, res, _ in fresh])
+            placed = await _insert(connection, fresh)
             refused = [
                 placement
                 for (placement, _), outcome in zip(jobs, outcomes, strict=True)
                 if outcome is None and placement.order.order_id not in placed
             ]
             taken = await _refuse(connection, refused) if refused else {}
-            written = [
-                (order, res, context) for order, res, context in fresh if order.order_id in placed
-            ]
-            staged = await self._announce(
-                connection, [(order, context) for order, _, context in written]
-            )
+            written = [version for version in fresh if version[0].order_id in placed]
+            staged = await self._announce(connection, written)
         self._outbox.relay.offer(staged)
-        await self._refresh([(order, res) for order, res, _ in written])
+        await self._refresh(written)
         # A twin of a refused placement is refused with it: there is nothing to replay.
         twins = {
             placement.request.identity: taken[placement.order.order_id] for placement in refused
@@ -269,16 +260,55 @@ class PostgresOrders:
                 answers.append(Answer(resource))
         return answers
 
-    async def _write(
+    async def _change_all(self, jobs: Sequence[_Change]) -> list[Answer | Exception]:
+        answers: list[Answer | Exception] = []
+        versions: list[Version] = []
+        async with self._database.transaction() as connection:
+            orders = await _lock(connection, {job.order for job in jobs})
+            for job in jobs:
+                try:
+                    answers.append(await self._change_one(connection, job, orders, versions))
+                except ServiceError as error:
+                    answers.append(error)  # a refusal of this job, which has written nothing
+            staged = await self._write(connection, versions)
+        self._outbox.relay.offer(staged)
+        await self._refresh(versions)
+        return answers
+
+    async def _change_one(
         self,
         connection: AnyConnection,
-        changed: Sequence[tuple[Order, bytes]],
-        contexts: Sequence[CallContext],
+        job: _Change,
+        orders: dict[OrderKey, Order],
+        versions: list[Version],
+    ) -> Answer:
+        """Decides one change, and puts what it makes of the locked order with the others'."""
+        order = orders.get(job.order)
+        if order is None:
+            raise order_not_found(*job.order)
+        # Looked up under the lock, so that a concurrent twin has answered by now.
+        if (found := await find(connection, job.request)) is not None:
+            return replayed(found)
+        decided = job.decide(order)
+        resource = order_resource(decided or order)
+        entry = Entry(key=job.request, resource_id=self._new_id(), answer=resource)
+        (outcome,) = await record(connection, [entry])
+        if isinstance(outcome, InvalidInputError):
+            raise outcome
+        if isinstance(outcome, Replay):
+            return replayed(outcome)
+        if decided is not None:
+            orders[job.order] = decided
+            versions.append((decided, resource, job.context))
+        return Answer(resource)
+
+    async def _write(
+        self, connection: AnyConnection, versions: Sequence[Version]
     ) -> list[OutboxRow]:
         """Writes versions of locked orders; of one order only the last becomes its row."""
-        if not changed:
+        if not versions:
             return []
-        last = {(order.merchant, order.order_id): (order, res) for order, res in changed}
+        last = {order.name: (order, resource) for order, resource, _ in versions}
         orders = [order for order, _ in last.values()]
         await connection.execute(
             _CHANGE,
@@ -294,22 +324,19 @@ class PostgresOrders:
             [order.cancel_reason for order in orders],
             [order.attention_reason for order in orders],
             [order.update_time for order in orders],
-            [res for _, res in last.values()],
+            [resource for _, resource in last.values()],
         )
-        return await self._announce(
-            connection,
-            [(order, context) for (order, _), context in zip(changed, contexts, strict=True)],
-        )
+        return await self._announce(connection, versions)
 
     async def _announce(
-        self, connection: AnyConnection, versions: Sequence[tuple[Order, CallContext]]
+        self, connection: AnyConnection, versions: Sequence[Version]
     ) -> list[OutboxRow]:
         """Writes each version into the history, and its event into the outbox."""
         if not versions:
             return []
         ids = [self._new_id() for _ in versions]
-        orders = [order for order, _ in versions]
-        contexts = [context for _, context in versions]
+        orders = [order for order, _, _ in versions]
+        contexts = [context for _, _, context in versions]
         await connection.execute(
             _REMEMBER,
             [order.merchant for order in orders],
@@ -327,13 +354,13 @@ class PostgresOrders:
         )
         events: list[Event] = [
             event_of(order, event_id=event_id, context=context)
-            for event_id, (order, context) in zip(ids, versions, strict=True)
+            for event_id, (order, _, context) in zip(ids, versions, strict=True)
             if order.announcement not in UNANNOUNCED
         ]
         return await self._outbox.stage(connection, events)
 
-    async def _refresh(self, changed: Sequence[tuple[Order, bytes]]) -> None:
-        last = {order.name: Versioned(order.version, res) for order, res in changed}
+    async def _refresh(self, versions: Sequence[Version]) -> None:
+        last = {order.name: Versioned(order.version, resource) for order, resource, _ in versions}
         await self._cache.put(list(last.items()))
 
 
@@ -346,11 +373,11 @@ async def _lock(connection: AnyConnection, keys: set[OrderKey]) -> dict[OrderKey
     return {(row["merchant"], row["order_id"]): order_from_row(row) for row in rows}
 
 
-async def _insert(connection: AnyConnection, placed: Sequence[tuple[Order, bytes]]) -> set[UUID]:
+async def _insert(connection: AnyConnection, placed: Sequence[Version]) -> set[UUID]:
     """Writes new orders; answers those whose client_order_ref was free."""
     if not placed:
         return set()
-    orders = [order for order, _ in placed]
+    orders = [order for order, _, _ in placed]
     baskets = [order.basket for order in orders]
     columns: list[list[Any]] = [
         [order.merchant for order in orders],
@@ -367,7 +394,7 @@ async def _insert(connection: AnyConnection, placed: Sequence[tuple[Order, bytes
         [basket.customer.locale for basket in baskets],
         [address_document(basket.shipping_address) for basket in baskets],
         [address_document(basket.billing_address) for basket in baskets],
-        [resource for _, resource in placed],
+        [resource for _, resource, _ in placed],
     ]
     rows = await connection.fetch(_PLACE, *columns)
     return {row["order_id"] for row in rows}

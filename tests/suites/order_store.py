@@ -379,6 +379,51 @@ class OrderStoreSuite:
         answer = await kept.store.change(request, order.merchant, order.order_id, cancel)
         assert not answer.replayed
 
+    async def test_changes_of_one_order_at_once_are_decided_one_after_the_other(
+        self, kept: Kept
+    ) -> None:
+        """Each sees what the one before it made; none is lost."""
+        order = await self._placed(kept)
+        seen: list[int] = []
+
+        def note(order: Order) -> Order | None:
+            seen.append(order.version)
+            return order.changed(Announcement.CONFIRMED, at=NOON)
+
+        await asyncio.gather(
+            *(
+                kept.store.change(_cancelling(), order.merchant, order.order_id, note)
+                for _ in range(5)
+            )
+        )
+        assert seen == [1, 2, 3, 4, 5]
+        assert [version for _, version, _ in await kept.published()] == [1, 2, 3, 4, 5, 6]
+
+    async def test_one_refused_change_does_not_fail_its_neighbours(self, kept: Kept) -> None:
+        """Cancelled beside refused and not there, in the same moment."""
+        orders = [await self._placed(kept) for _ in range(4)]
+
+        def refuse(order: Order) -> Order | None:
+            raise RuleViolationError("ILLEGAL_TRANSITION", "not now")
+
+        targets = [
+            (orders[0], cancel), (an_order(), never), (orders[1], refuse),
+            (orders[2], cancel), (orders[3], cancel),
+        ]  # fmt: skip
+        done = await asyncio.gather(
+            *(
+                kept.store.change(_cancelling(), order.merchant, order.order_id, decide)
+                for order, decide in targets
+            ),
+            return_exceptions=True,
+        )
+        assert [type(outcome) for outcome in done] == [
+            Answer, NotFoundError, RuleViolationError, Answer, Answer,
+        ]  # fmt: skip
+        assert await kept.order(orders[1]) == orders[1]
+        for order in (orders[0], orders[2], orders[3]):
+            assert await kept.order(order) == cancel(order)
+
     # --- record -----------------------------------------------------------------------
 
     async def test_a_payment_moves_its_order(self, kept: Kept) -> None:

@@ -13,13 +13,22 @@ from chassis.broker.memory import MemoryBroker
 from chassis.cache import Cache
 from chassis.context import CallContext, entered
 from chassis.database import Database
-from chassis.errors import ConflictError
+from chassis.errors import AlreadyExistsError, ConflictError
 from chassis.ids import new_id
 from chassis.outbox import Outbox
 from order_svc.domain.order import Announcement, Order
 from order_svc.messages import order_from_row, order_resource
 from order_svc.storage import PostgresOrders
-from tests.builders import a_basket, a_placement, a_report, a_request_key, an_address, an_order
+from tests.builders import (
+    a_basket,
+    a_placement,
+    a_report,
+    a_request_key,
+    an_address,
+    an_order,
+    an_order_id,
+)
+from tests.eventually import eventually
 from tests.suites.order_store import Kept, OrderStoreSuite, Version, cancel, decide
 
 _ORDER = """
@@ -35,6 +44,11 @@ FROM order_history ORDER BY order_id, version
 
 _PUBLISHED = (
     "SELECT aggregate AS name, aggregate_version AS version, type FROM outbox ORDER BY 1, 2"
+)
+
+
+_WAITING = (
+    "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 )
 
 
@@ -74,6 +88,12 @@ class KeptInPostgres:
         return [_version(row) for row in await self.rows(_PUBLISHED)]
 
 
+async def _cancelled(kept: KeptInPostgres, order: Order) -> None:
+    """Asks for an order to be undone."""
+    request = a_request_key(method="CancelOrder")
+    await kept.store.change(request, order.merchant, order.order_id, cancel)
+
+
 def _version(row: Any) -> Version:
     told_as = Announcement(row["type"].removeprefix("ordermesh.order.v1."))
     return (row["name"], row["version"], told_as)
@@ -102,6 +122,40 @@ async def test_orders_placed_at_once_share_a_transaction(kept: KeptInPostgres) -
     assert tuple(row) == (30, 1)
 
 
+async def test_orders_cancelled_at_once_share_a_transaction(kept: KeptInPostgres) -> None:
+    """Sixteen callers need one connection, not sixteen, so a burst of them is not turned away."""
+    orders = [an_order() for _ in range(16)]
+    await asyncio.gather(*(kept.store.place(a_placement(order)) for order in orders))
+    await asyncio.gather(*(_cancelled(kept, order) for order in orders))
+    (row,) = await kept.rows("SELECT count(*), count(DISTINCT xmin::text) FROM orders")
+    assert tuple(row) == (16, 1)
+
+
+async def test_a_batch_that_waits_for_a_ref_holds_no_later_one(kept: KeptInPostgres) -> None:
+    """Refs are taken by name, whatever the ids say, so two replicas' batches never deadlock."""
+    ids = sorted(an_order_id() for _ in range(2))
+    batch = [
+        an_order(order_id=order_id, basket=a_basket(client_order_ref=ref))
+        for order_id, ref in zip(ids, ("web-2", "web-1"), strict=True)
+    ]
+    await kept.store.place(a_placement(an_order()))
+    copy = """
+        INSERT INTO orders
+        SELECT (jsonb_populate_record(o, jsonb_build_object('order_id', $1::uuid,
+                                                            'client_order_ref', $2::text))).*
+        FROM orders AS o LIMIT 1
+    """
+    async with kept.database.transaction() as connection:
+        await connection.execute("SET LOCAL lock_timeout = '200ms'")
+        await connection.execute(copy, an_order_id(), "web-1")
+        placing = asyncio.gather(
+            *(kept.store.place(a_placement(order)) for order in batch), return_exceptions=True
+        )
+        await eventually(lambda: kept.rows(_WAITING), until=lambda waiting: len(waiting) == 1)
+        await connection.execute(copy, an_order_id(), "web-2")
+    assert [type(outcome) for outcome in await placing] == [AlreadyExistsError] * 2
+
+
 async def test_a_version_is_remembered_with_its_correlation_and_cause(
     kept: KeptInPostgres,
 ) -> None:
@@ -121,21 +175,27 @@ async def test_a_version_is_remembered_with_its_correlation_and_cause(
     ]
 
 
-async def test_placements_that_share_a_transaction_keep_their_own_contexts(
+async def test_calls_that_share_a_transaction_keep_their_own_contexts(
     kept: KeptInPostgres,
 ) -> None:
-    """A call is never logged under its neighbour's correlation id."""
+    """A call is never remembered under its neighbour's correlation id."""
+    orders = [an_order() for _ in range(20)]
 
-    async def place(number: int) -> str:
-        order = an_order()
-        with entered(CallContext(correlation_id=f"corr-{number}")):
-            await kept.store.place(a_placement(order))
-        return str(order.order_id)
+    async def place(number: int) -> None:
+        with entered(CallContext(correlation_id=f"place-{number}")):
+            await kept.store.place(a_placement(orders[number]))
 
-    names = await asyncio.gather(*(place(number) for number in range(20)))
-    rows = await kept.rows("SELECT order_id, correlation_id FROM order_history")
-    assert {str(row["order_id"]): row["correlation_id"] for row in rows} == {
-        name: f"corr-{number}" for number, name in enumerate(names)
+    async def undo(number: int) -> None:
+        with entered(CallContext(correlation_id=f"cancel-{number}")):
+            await _cancelled(kept, orders[number])
+
+    await asyncio.gather(*(place(number) for number in range(20)))
+    await asyncio.gather(*(undo(number) for number in range(20)))
+    rows = await kept.rows("SELECT order_id, version, correlation_id FROM order_history")
+    assert {(row["order_id"], row["version"]): row["correlation_id"] for row in rows} == {
+        (order.order_id, version): f"{call}-{number}"
+        for number, order in enumerate(orders)
+        for version, call in ((1, "place"), (2, "cancel"))
     }
 
 
@@ -187,7 +247,5 @@ async def test_a_locked_order_is_a_conflict_to_be_tried_again(
         await connection.execute("SELECT FROM orders FOR UPDATE")
         impatient = KeptInPostgres(database)
         with pytest.raises(ConflictError) as caught:
-            await impatient.store.change(
-                a_request_key(method="CancelOrder"), order.merchant, order.order_id, cancel
-            )
+            await _cancelled(impatient, order)
     assert caught.value.reason == "CONCURRENT_CHANGE"
