@@ -13,6 +13,7 @@ escaped in HTML by Jinja, and is never a template.
 from __future__ import annotations
 
 import binascii
+import copy
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -27,10 +28,11 @@ from typing import Any, Final
 from babel import Locale
 from babel.core import UnknownLocaleError
 from babel.dates import format_date, format_time
+from babel.numbers import get_currency_precision
 from jinja2 import FileSystemLoader, StrictUndefined, Template
 from jinja2.sandbox import SandboxedEnvironment
 
-from chassis.money import Money
+from chassis.money import Money, minor_unit_digits
 from chassis.settings import Merchant
 from notify_svc.commands import Audience, is_address
 from notify_svc.delivery import Mail, Outgoing
@@ -41,6 +43,12 @@ LAST_RESORT: Final = "en"
 
 # Where a paragraph is left out, its empty lines stay behind.
 _GAPS: Final = re.compile(r"\n{3,}")
+
+# CLDR's currencySpacing, which Babel leaves out: $12.50, but CHF 12.50.
+_LETTER_BEFORE_DIGIT: Final = re.compile(r"(?<=[^\W\d_])(?=\d)")
+
+# French puts a space that does not break before a colon, and into amounts.
+_BREAKABLE: Final = re.compile(r"[^\S\xa0\u202f]+")
 
 # Without these, some scripts and emoji fall apart; they cannot mislead anyone.
 _JOINERS: Final = "\u200c\u200d"
@@ -87,7 +95,12 @@ class Renderer:
         self._merchants = merchants
         self._folder = templates
         name, address = address_of(mail_from)
-        self._from = formataddr((name, address))
+        # The library makes one encoded word of any name; RFC 2047 allows it 75 characters.
+        self._from = (
+            formataddr((name, address))
+            if name.isascii()
+            else f"{_encoded(name, 'From')} <{address}>"
+        )
         self._domain = address.rpartition("@")[2]
         self._environment = SandboxedEnvironment(
             loader=FileSystemLoader(templates),
@@ -240,7 +253,7 @@ def one_line(text: str) -> str:
         # Cc: controls; Cf: marks of direction and the like; Cs, Co, Cn: not characters.
         if character.isspace() or character in _JOINERS or unicodedata.category(character)[0] != "C"
     )
-    return " ".join(kept.split())
+    return _BREAKABLE.sub(" ", kept).strip()
 
 
 def negotiated(asked: str, languages: frozenset[str]) -> str:
@@ -281,23 +294,28 @@ def _babel(locale: str) -> Locale:
 def money_text(money: Money, locale: str) -> str:
     """An amount as the locale writes it, exact to the last minor unit.
 
-    CLDR prints fewer digits than ISO 4217 counts for some currencies; those digits are
-    shown all the same where they are not zero.
+    CLDR prints fewer digits than ISO 4217 counts for some currencies. That is kept for
+    amounts that lose nothing by it; all others show every digit of the minor unit.
     """
-    pattern = _babel(locale).currency_formats["standard"]
+    amount = money.major_units
+    digits: int = get_currency_precision(money.currency_code)
+    if amount != round(amount, digits):
+        digits = minor_unit_digits(money.currency_code)
+    pattern = copy.copy(_babel(locale).currency_formats["standard"])
+    pattern.frac_prec = (digits, digits)
     text: str = pattern.apply(
-        money.major_units,
-        _babel(locale),
-        currency=money.currency_code,
-        currency_digits=True,
-        decimal_quantization=False,
+        amount, _babel(locale), currency=money.currency_code, currency_digits=False
     )
-    return text
+    return _LETTER_BEFORE_DIGIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 @lru_cache(maxsize=_AMOUNTS_MAX)
 def _date_text(day: tuple[int, int, int], locale: str) -> str:
-    return format_date(datetime(*day, tzinfo=UTC), "long", locale=_babel(locale))
+    text = format_date(datetime(*day, tzinfo=UTC), "long", locale=_babel(locale))
+    if _babel(locale).language == "fr" and day[2] == 1:
+        # CLDR writes the first of a month like any other day; French does not.
+        text = text.replace("1", "1er", 1)
+    return text
 
 
 def date_text(moment: datetime, locale: str) -> str:
@@ -309,7 +327,8 @@ def date_text(moment: datetime, locale: str) -> str:
 def time_text(moment: datetime, locale: str) -> str:
     """A day and a time to the minute as the locale writes them, in UTC and saying so."""
     utc = moment.astimezone(UTC)
-    return f"{date_text(utc, locale)}, {_time_of_day((utc.hour, utc.minute), locale)} UTC"
+    comma = " à " if _babel(locale).language == "fr" else ", "
+    return f"{date_text(utc, locale)}{comma}{_time_of_day((utc.hour, utc.minute), locale)} UTC"
 
 
 @lru_cache(maxsize=_AMOUNTS_MAX)

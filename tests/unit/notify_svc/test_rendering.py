@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
+from email.header import decode_header, make_header
 from email.message import EmailMessage
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.exceptions import SecurityError
 
-from chassis.money import CURRENCY_CODES, MINOR_UNITS_MAX, Money
+from chassis.money import CURRENCY_CODES, MINOR_UNITS_MAX, Money, minor_unit_digits
 from notify_svc.commands import MAILS, Line
 from notify_svc.rendering import (
     TEMPLATES,
@@ -147,7 +148,7 @@ def test_a_confirmed_order_reads_like_this(renderer: Renderer) -> None:
     assert said.text == (
         "Hello,\n"
         "\n"
-        "thank you for your order at Teehaus & Söhne. It is confirmed and paid.\n"
+        "Thank you for your order at Teehaus & Söhne. It is confirmed and paid.\n"
         "\n"
         "Order 4711 of November 20, 2026\n"
         "  2 \N{MULTIPLICATION SIGN} Darjeeling 100 g\n"
@@ -170,6 +171,58 @@ def test_an_austrian_receipt_reads_like_this(renderer: Renderer) -> None:
         "wir haben Ihre Zahlung über € 1.250,00 erhalten (20. November 2026, 12:00 UTC)."
         in said.text.replace("\xa0", " ")
     )
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+@pytest.mark.parametrize("template", [name for name in MAIL_TEMPLATES if "merchant" not in name])
+def test_after_the_greeting_a_sentence_begins(
+    renderer: Renderer, template: str, language: str
+) -> None:
+    """English and French write on with a capital; German goes on with the sentence."""
+    said = renderer.say(an_outgoing(template, recipient=a_recipient(locale=language)))
+    greeting, first = said.text.split("\n\n")[:2]
+    assert greeting in ("Hello,", "Bonjour,")
+    assert first[0].isupper()
+    assert f"<p>{greeting}</p>\n<p>{first[0]}" in said.html
+
+
+@pytest.mark.parametrize("template", MAIL_TEMPLATES)
+@pytest.mark.parametrize("payment_state", ["NONE", "AUTHORIZED", "PAID", "REFUNDED"])
+def test_french_signs_stand_apart_from_their_words(
+    renderer: Renderer, template: str, payment_state: str
+) -> None:
+    """A space that does not break stands before each of `: ; ! ?`, and no straight quote."""
+    outgoing = an_outgoing(
+        template,
+        recipient=a_recipient(locale="fr"),
+        payment_state=payment_state,
+        detail="expired_card",
+    )
+    said = renderer.say(outgoing)
+    for text in (said.subject, said.text, outline(said.html).text):
+        without_times = re.sub(r"\d\d:\d\d", "", text)
+        assert re.findall(r"(?<!\xa0)[:;!?]", without_times) == []
+        assert "'" not in text
+        assert '"' not in text
+
+
+@pytest.mark.parametrize("minor_units", [100, 2500])
+@pytest.mark.parametrize(
+    ("language", "said"),
+    [
+        ("en", "{} is reserved on your card."),
+        ("de", "Der Betrag von {} ist auf Ihrer Karte reserviert."),
+        ("fr", "Le montant de {} est réservé sur votre carte."),
+    ],
+)
+def test_one_euro_and_many_are_reserved_in_the_same_words(
+    renderer: Renderer, language: str, said: str, minor_units: int
+) -> None:
+    """The verb does not depend on the amount."""
+    outgoing = an_outgoing(
+        recipient=a_recipient(locale=language, total=eur(minor_units)), payment_state="AUTHORIZED"
+    )
+    assert said.format(money_text(eur(minor_units), language)) in renderer.say(outgoing).text
 
 
 @pytest.mark.parametrize(
@@ -450,6 +503,17 @@ def test_a_template_for_a_region_is_preferred_to_that_of_its_language(tmp_path: 
     assert found == {"de-AT": "austrian", "de-CH": "german", "de": "german", "fr": "english"}
 
 
+def test_an_amount_in_a_subject_does_not_break(renderer: Renderer) -> None:
+    """Neither between its thousands nor before its currency, nor before the colon."""
+    recipient = a_recipient(locale="fr", total=eur(125_000))
+    outgoing = an_outgoing("merchant_order_confirmed", recipient=recipient)
+    subject = "Nouvelle commande 4711\xa0: 1\u202f250,00\xa0€"
+    assert renderer.say(outgoing).subject == subject
+    mail = renderer.render(outgoing)
+    assert mail is not None
+    assert parsed(mail.content)["Subject"] == subject
+
+
 @pytest.mark.parametrize(
     ("money", "locale", "text"),
     [
@@ -462,6 +526,13 @@ def test_a_template_for_a_region_is_preferred_to_that_of_its_language(tmp_path: 
         (Money("USD", 5), "en", "$0.05"),
         (Money("USD", 5), "de", "0,05 $"),
         (Money("IQD", 1234), "de", "1,234 IQD"),
+        (Money("IQD", 1200), "en", "IQD 1.200"),
+        (Money("AFN", 1250), "de", "12,50 AFN"),
+        (Money("AFN", 120_000), "de", "1.200 AFN"),
+        (Money("CHF", 1250), "en", "CHF 12.50"),
+        (Money("CHF", 125_000), "de-CH", "CHF 1’250.00"),
+        (Money("CAD", 1250), "en", "CA$12.50"),
+        (Money("CAD", 125_000), "fr-CA", "1 250,00 $"),
         (Money("EUR", 0), "en", "€0.00"),
         (Money("EUR", MINOR_UNITS_MAX), "en", "€10,000,000,000,000.00"),
     ],
@@ -487,6 +558,8 @@ def test_no_amount_loses_a_minor_unit_on_its_way_into_a_mail(
     number = re.sub(r"\D+$", "", number)
     read: Decimal = parse_decimal(number, locale=Locale.parse(locale, sep="-"))
     assert read == money.major_units
+    # 12.5 of a currency with cents reads like a slip.
+    assert -int(read.as_tuple().exponent) in (0, minor_unit_digits(currency))
 
 
 def test_dates_are_written_in_the_locale_and_in_utc() -> None:
@@ -496,6 +569,9 @@ def test_dates_are_written_in_the_locale_and_in_utc() -> None:
     assert date_text(late, "en-GB") == "21 November 2026"
     assert date_text(NOON, "de") == "20. November 2026"
     assert date_text(NOON, "fr") == "20 novembre 2026"
+    assert date_text(datetime(2026, 11, 1, tzinfo=UTC), "fr-CA") == "1er novembre 2026"
+    assert date_text(datetime(2026, 11, 1, tzinfo=UTC), "de") == "1. November 2026"
+    assert time_text(NOON, "fr") == "20 novembre 2026 à 12:00 UTC"
     assert time_text(late, "de") == "21. November 2026, 22:30 UTC"
     assert time_text(NOON, "en").replace("\u202f", " ") == "November 20, 2026, 12:00 PM UTC"
 
@@ -519,6 +595,18 @@ def test_who_mails_come_from_is_a_name_and_an_address(
     assert mail is not None
     sender = parsed(mail.content)["From"].addresses[0]
     assert (sender.display_name, sender.addr_spec) == (name, address)
+
+
+def test_a_long_name_of_the_sender_is_encoded_word_by_word() -> None:
+    """RFC 2047, 2: an encoded word has 75 characters at the most."""
+    name = "Große Überseeische Teehandelsgesellschaft Müller & Söhne, vormals Ähnlich"
+    renderer = Renderer(merchants=merchants(), mail_from=f'"{name}" <orders@mesh.example>')
+    mail = renderer.render(an_outgoing())
+    assert mail is not None
+    assert max(len(word) for word in re.findall(rb"=\?utf-8\?\S+\?=", mail.content)) <= 75
+    # The newer parser of Python 3.11 leaves the space between encoded words of a name.
+    sender = email.message_from_bytes(mail.content)["From"]
+    assert str(make_header(decode_header(sender))) == f"{name} <orders@mesh.example>"
 
 
 @pytest.mark.parametrize("mail_from", ["", "nobody", "Tea <orders>", "ordérs@mesh.example"])
