@@ -2,7 +2,7 @@
 
 What a mail server's answer means (docs/adr/0042): 250 to the content is acceptance. A
 5xx about this mail (its sender, recipient or content) is final. Everything else, from a
-refused connection to a wrong password, is trouble that may pass, and the mail is tried
+refused connection to a wrong or missing password, is trouble that may pass, and the mail is tried
 again. What follows the content and is no answer, a cut connection or silence, leaves
 open whether the mail server has the mail; it is tried again too, as mail has no other
 way to be sure.
@@ -38,8 +38,13 @@ KEEP_SECONDS: Final = 30.0
 """An idle connection is used again for so long: mail servers close them after minutes."""
 
 REASON_CHARACTERS_MAX: Final = 300
-_QUIT_SECONDS = 1.0
+_PARTING_SECONDS = 1.0
+"""How long an answer to RSET or QUIT is waited for; no mail depends on it."""
+
 _CLOSING = 421
+_LOGIN_WANTED = frozenset({530, 534, 535, 538})
+"""Codes by which a server asks for a login or for encryption (RFC 4954, RFC 3207)."""
+
 _PORTS: Final = MappingProxyType({"smtp": 25, "smtps": 465, "starttls": 587})
 _ADDRESS = re.compile(r"[^\s<>@,;:\"']+@[^\s<>@,;:\"']+")
 
@@ -77,6 +82,8 @@ class SmtpServer:
             raise ValueError("nothing but ?starttls may follow the port")
         if starttls and parts.scheme == "smtps":
             raise ValueError("smtps:// is encrypted from the start; leave ?starttls out")
+        # A name with an empty or overlong label fails here, not at every connection.
+        parts.hostname.encode("idna")
         loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if parts.username and parts.scheme == "smtp" and not starttls and not loopback:
             raise ValueError("would send the password in the clear; use smtps:// or ?starttls")
@@ -174,7 +181,7 @@ class SmtpChannel:
         while self._kept:
             smtp = self._kept.pop().smtp
             try:
-                await smtp.quit(timeout=_QUIT_SECONDS)
+                await smtp.quit(timeout=_PARTING_SECONDS)
             except (SMTPException, OSError):
                 smtp.close()
 
@@ -186,9 +193,7 @@ class SmtpChannel:
             smtp = await self._connect()
         except SMTPAuthenticationError as error:
             _CONNECTIONS.labels("login_refused").inc()
-            # The server may repeat the user name, so its words stay out of the log.
-            _log.error("login.refused", host=self._server.host, code=error.code)
-            return Deferred(f"the mail server refused our login ({error.code})")
+            return _login_refused(self._server.host, error.code)
         except (SMTPException, OSError) as error:
             _CONNECTIONS.labels("failed").inc()
             # Where our mail server stands is the operator's business alone.
@@ -280,6 +285,8 @@ class SmtpChannel:
             response = SMTPResponse(error.code, error.message)
         except (SMTPException, OSError) as error:
             return _broken(smtp, error)
+        if response.code in _LOGIN_WANTED:
+            return _login_refused(self._server.host, response.code)
         reason = f"{response.code} {without_addresses(response.message, mail.address)}"
         return Refused(reason) if 500 <= response.code < 600 else Deferred(reason)
 
@@ -287,10 +294,18 @@ class SmtpChannel:
 async def _reset(smtp: SMTP) -> bool:
     """Forgets a mail that was begun; says whether the connection can be used again."""
     try:
-        await smtp.rset()
+        async with asyncio.timeout(_PARTING_SECONDS):
+            await smtp.rset()
     except (SMTPException, OSError):
         return False
     return smtp.is_connected
+
+
+def _login_refused(host: str, code: int) -> Deferred:
+    """Tells the operator, whose login or lack of one it is; the mail can wait."""
+    # The server may repeat the user name, so its words stay out of the log.
+    _log.error("login.refused", host=host, code=code)
+    return Deferred(f"the mail server refused our login ({code})")
 
 
 def _broken(smtp: SMTP, error: Exception) -> Deferred:

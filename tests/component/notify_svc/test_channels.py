@@ -398,6 +398,14 @@ async def test_a_server_without_starttls_gets_no_mail_when_it_was_asked_for() ->
         ([b"554 No service here\r\n"], Deferred("the mail server cannot be reached")),
         ([b"220 mx\r\n", b"421 Busy\r\n"], Deferred("the mail server cannot be reached")),
         ([b"220 mx\r\n", b"250 mx\r\n", b"550 You are spam\r\n"], Refused("550 You are spam")),
+        (
+            [b"220 mx\r\n", b"250 mx\r\n", b"530 5.7.0 Authentication required\r\n"],
+            Deferred("the mail server refused our login (530)"),
+        ),
+        (
+            [b"220 mx\r\n", b"250 mx\r\n", b"250 OK\r\n", b"538 Encryption required\r\n"],
+            Deferred("the mail server refused our login (538)"),
+        ),
         ([b"220 mx\r\n", b"250 mx\r\n", b"421 Closing\r\n"], Deferred("421 Closing")),
         (
             [b"220 mx\r\n", b"250 mx\r\n", b"250 OK\r\n", b"250 OK\r\n", b"554 No\r\n"],
@@ -423,6 +431,23 @@ async def test_only_what_is_said_of_this_mail_is_final(
     """A mail server that is unwell says nothing about the mail."""
     async with answering(*answers) as port, a_channel(f"smtp://127.0.0.1:{port}") as channel:
         assert await channel.send(Mail("ada@example.com", CONTENT)) == outcome
+
+
+async def test_a_refusal_holds_though_nothing_is_said_after_it() -> None:
+    """The connection is worth nothing any more; the answer about the mail still is."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mx\r\n")
+        while command := await reader.readline():
+            if not command.startswith(b"RSET"):
+                writer.write(b"550 No\r\n" if command.startswith(b"RCPT") else b"250 OK\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, a_channel(f"smtp://127.0.0.1:{port}") as channel:
+        assert await channel.send(Mail("ada@example.com", CONTENT)) == Refused("550 No")
+        assert channel._kept == []
 
 
 async def test_a_server_that_accepts_and_says_nothing_is_given_up() -> None:
@@ -496,6 +521,8 @@ def test_a_url_names_a_mail_server(url: str, port: int, tls: bool, starttls: boo
         "smtps://mx.example?starttls",
         "smtp://user:secret@mx.example",
         "smtp://mx.example:99999",
+        "smtp://mx..example",
+        f"smtp://{'x' * 64}.example",
     ],
 )
 def test_a_url_that_names_none_is_refused_at_start(url: str) -> None:
