@@ -23,6 +23,7 @@ import importlib.util
 import itertools
 import re
 import zipfile
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -133,7 +134,13 @@ class EcbHistory:
                 with zipfile.ZipFile(path) as archive:
                     return cls(archive.read("eurofxref-hist.csv").decode("ascii"))
             return cls(path.read_text("ascii"))
-        except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            KeyError,
+            UnicodeDecodeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise MalformedHistoryError(f"{path} cannot be read: {error}") from error
 
     @property

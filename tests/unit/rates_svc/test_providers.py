@@ -238,6 +238,19 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         EcbHistory.read(tmp_path / "absent.zip")
 
 
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    """Whichever byte of what is packed is wrong, it is said which file it is."""
+    path = tmp_path / "eurofxref-hist.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("eurofxref-hist.csv", A_HISTORY)
+    whole = path.read_bytes()
+    begin = whole.index(b"eurofxref-hist.csv") + len("eurofxref-hist.csv")
+    for position in range(begin, begin + 40):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        with pytest.raises(MalformedHistoryError, match=r"hist\.zip cannot be read"):
+            EcbHistory.read(path)
+
+
 @pytest.mark.parametrize(
     "text",
     [
