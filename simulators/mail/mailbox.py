@@ -145,10 +145,10 @@ def read_mail(path: Path) -> Mail:
         accepted_time=_accepted_time(message, path),
         envelope_from=str(message.get("X-Envelope-From", "")).strip(),
         envelope_to=tuple(address.strip() for address in recipients if address.strip()),
-        from_=str(message.get("From", "")),
-        to=str(message.get("To", "")),
-        subject=str(message.get("Subject", "")),
-        message_id=str(message.get("Message-ID", "")).strip(),
+        from_=_shown(message, "from"),
+        to=_shown(message, "to"),
+        subject=_shown(message, "subject"),
+        message_id=_shown(message, "message-id").strip(),
         text=_body(message, "plain") or _body(message, "html"),
         html=_body(message, "html"),
     )
@@ -162,6 +162,15 @@ def _accepted_time(message: EmailMessage, path: Path) -> datetime:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
+def _shown(message: EmailMessage, name: str) -> str:
+    """The text of a header, decoded as a subject is.
+
+    The library's parsers of addresses and message ids raise on broken ones.
+    """
+    raw = next((value for key, value in message.raw_items() if key.lower() == name), "")
+    return str(policy.default.header_fetch_parse("Subject", raw))
+
+
 def _body(message: EmailMessage, kind: str) -> str:
     """The text of the first part of a kind; empty when there is none."""
     part = message.get_body((kind,))
@@ -172,6 +181,6 @@ def _body(message: EmailMessage, kind: str) -> str:
         return ""
     try:
         text = payload.decode(part.get_content_charset("utf-8"), "replace")
-    except LookupError:  # a character set that does not exist
+    except (LookupError, ValueError):  # a character set that does not exist, or cannot
         text = payload.decode("utf-8", "replace")
     return text.replace("\r\n", "\n")

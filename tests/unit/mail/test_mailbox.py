@@ -113,6 +113,8 @@ def test_an_absent_folder_holds_no_mail(tmp_path: Path) -> None:
         b"",
         b"no headers at all",
         b"Content-Type: text/plain; charset=no-such-charset\r\n\r\nThank you.\r\n",
+        b'Content-Type: text/plain; charset="a\x00b"\r\n\r\nThank you.\r\n',
+        b"From: <\r\nTo: a <=?utf-8?b?!?=\r\nMessage-ID: <\r\n\r\nThank you.\r\n",
         b"Content-Type: multipart/alternative\r\n\r\nno boundary\r\n",
         b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nnever closed",
         b"Subject: =?utf-8?b?not base64?=\r\nFrom: @@@\r\n\r\n\xff\xfe",
