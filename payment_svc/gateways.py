@@ -28,6 +28,7 @@ from payment_svc.domain.outcomes import (
     Refunded,
     RefundOutcome,
     Submitted,
+    Unknown,
     Voided,
     VoidOutcome,
 )
@@ -94,13 +95,18 @@ class PaymentGateway(Protocol):
 
     @property
     def stores_errors(self) -> bool:
-        """Whether a failed request, sent again under its key, fails the same way."""
+        """Whether a failed request, sent again under its key, fails the same way.
+
+        Otherwise a refusal is final only for the one request that was refused: another
+        under the same key, still on its way, may go through.
+        """
         ...
 
     async def charge(self, charge: Charge) -> ChargeOutcome:
         """Reserves the amount, and takes it where capture is automatic.
 
-        The same key with the same terms answers the same; with other terms, Invalid.
+        The same key with the same terms answers the same. With other terms, Unknown:
+        something stands under the key, so nobody may say that nothing was taken.
         """
         ...
 
@@ -115,7 +121,7 @@ class PaymentGateway(Protocol):
     async def refund(self, request: RefundRequest) -> RefundOutcome:
         """Gives captured money back, never more in all than was captured.
 
-        The same key with the same amount answers the same; with another, Invalid.
+        The same key with the same amount answers the same; with another, Unknown.
         """
         ...
 
@@ -240,7 +246,7 @@ class InProcessGateway:
         """Charges, once for a key."""
         known = self.ledger.get(charge.key)
         if known is not None:
-            return known.outcome if known.charge.terms == charge.terms else Invalid(KEY_REUSED)
+            return known.outcome if known.charge.terms == charge.terms else Unknown(KEY_REUSED)
         method = charge.terms.payment_method
         reference = reference_of(charge)
         nothing = Money.zero(charge.terms.amount.currency_code)
@@ -288,7 +294,7 @@ class InProcessGateway:
             return Invalid("charge_unknown")
         known = entry.refunds.get(request.key)
         if known is not None:
-            return known.outcome if known.amount == request.amount else Invalid(KEY_REUSED)
+            return known.outcome if known.amount == request.amount else Unknown(KEY_REUSED)
         if request.amount.minor_units <= 0 or request.amount > entry.captured - entry.refunded:
             return Invalid("amount_too_large")
         reference = f"ipr_{_digest(request.key)}"
