@@ -40,12 +40,14 @@ CONSUMER = "payment"
 _log = structlog.get_logger("storage")
 _LATE = Counter(
     "mesh_payment_late_answers_total",
-    "Answers of the provider whose work had been taken over; another answer counts.",
+    "Answers of the provider whose work had been taken over or settled; another one counts.",
 )
-_UNKNOWN = Gauge("mesh_payment_unknown", "Payments of which the outcome is unknown.")
+_UNKNOWN = Gauge(
+    "mesh_payment_unknown", "Payments of which the outcome, or that of a refund, is unknown."
+)
 _OLDEST_UNKNOWN = Gauge(
     "mesh_payment_oldest_unknown_seconds",
-    "How long the oldest unknown outcome has been unknown; a person is needed at a day.",
+    "How long ago the oldest of what is unknown was sent; a person is needed at a day.",
 )
 _OVERDUE = Gauge(
     "mesh_payment_overdue_seconds", "How long the provider should have been asked of something."
@@ -169,12 +171,15 @@ ORDER BY r.merchant, r.payment_id, r.refund_id
 """
 
 _MEASURE = """
-SELECT count(*) FILTER (WHERE p.state = 'OUTCOME_UNKNOWN') AS unknown,
-       coalesce(extract(epoch FROM now() - min(a.sent_time)
-                        FILTER (WHERE p.state = 'OUTCOME_UNKNOWN')), 0)::float8 AS oldest,
+SELECT count(*) FILTER (WHERE p.state = 'OUTCOME_UNKNOWN' OR r.refund_id IS NOT NULL) AS unknown,
+       coalesce(extract(epoch FROM now() - least(
+           min(a.sent_time) FILTER (WHERE p.state = 'OUTCOME_UNKNOWN'), min(r.sent_time)
+       )), 0)::float8 AS oldest,
        coalesce(extract(epoch FROM now() - min(p.due_time)), 0)::float8 AS overdue
 FROM payments AS p JOIN payment_attempts AS a
      ON a.merchant = p.merchant AND a.payment_id = p.payment_id AND a.seq = p.attempts
+     LEFT JOIN refunds AS r
+     ON r.merchant = p.merchant AND r.payment_id = p.payment_id AND r.state = 'OUTCOME_UNKNOWN'
 WHERE p.due IS NOT NULL
 """
 
@@ -243,7 +248,8 @@ class PostgresPayments:
 
         Nearly always nothing has happened to a payment since its work was taken, so what
         follows is decided on the payment as it was then, and written if that holds. Only
-        the others are locked, read and decided again.
+        the others are locked, read and decided again. An answer whose commit was lost
+        from sight may come a second time; the fence that the first raised leaves it out.
         """
         changes = {
             answer.work.key: (

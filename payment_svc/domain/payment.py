@@ -80,8 +80,8 @@ from payment_svc.domain.outcomes import (
 from payment_svc.domain.refund import Refund, RefundState
 
 RESOLVE_AFTER_SECONDS = (2.0, 10.0, 30.0, 120.0, 600.0, 3600.0)
-"""How long to wait before asking about an unknown outcome: the first time, the second,
-and so on; the last for ever after (docs/reliability.md)."""
+"""How long to wait before asking about an unknown outcome, give or take a fifth: the
+first time, the second, and so on; the last for ever after (docs/reliability.md)."""
 
 
 class PaymentState(Enum):
@@ -180,8 +180,9 @@ class Payment:
         attempt: The latest charge; what came before it is kept, and is over.
         revision: Rises with every change; names the state for readers (etag).
         events: How many events have told of it; their versions have no gaps.
-        fence: Rises whenever somebody takes what is due; an answer under an older
-            fence comes from somebody whose lease has run out, and counts for nothing.
+        fence: Rises whenever somebody takes what is due, and when their answer is
+            settled; an answer under an older fence comes from somebody whose lease has
+            run out, or comes a second time, and counts for nothing.
         due: What has to be asked of the provider next, if anything.
         due_in_seconds: When, counted from the moment of saving; None leaves the time
             as it was saved before.
@@ -352,14 +353,17 @@ class Payment:
         """
         if not ATTEMPT_TRANSITIONS[self.attempt.state] and self.open_refund is None:
             raise IllegalTransitionError(self.name, self.state, task)
+        fence = self.fence + 1
         if isinstance(outcome, RetrySameKey):
-            return self._changed(at, due=task, due_in_seconds=outcome.delay_seconds)
+            return self._changed(at, fence=fence, due=task, due_in_seconds=outcome.delay_seconds)
         refund = self.open_refund
         if refund is not None:
             told, changes = self._refund_settled(refund, outcome)
         else:
             told, changes = self._charge_settled(outcome, new_id, at)
-        return self._changed(at, told, **{"due": None, "due_in_seconds": None, **changes})
+        return self._changed(
+            at, told, fence=fence, **{"due": None, "due_in_seconds": None, **changes}
+        )
 
     def _charge_settled(
         self, outcome: Outcome, new_id: Callable[[], UUID], at: datetime
@@ -402,7 +406,7 @@ class Payment:
                     "state": self._moved(PaymentState.OUTCOME_UNKNOWN),
                     "attempt": attempt.moved(AttemptState.UNKNOWN, asked=attempt.asked + 1),
                     "due": Task.RESOLVE,
-                    "due_in_seconds": _pause(attempt.asked),
+                    "due_in_seconds": _pause(attempt.asked, attempt.attempt_id),
                 }
             case Submitted() | Refunded() | RetrySameKey():
                 raise ValueError(f"{outcome} is no answer about a charge")
@@ -441,7 +445,7 @@ class Payment:
         return None, {
             "refunds": self._refunds_with(waiting),
             "due": Task.RESOLVE,
-            "due_in_seconds": _pause(refund.asked),
+            "due_in_seconds": _pause(refund.asked, refund.refund_id),
         }
 
     def _refund_due(
@@ -495,5 +499,8 @@ def _void_due(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _pause(asked: int) -> float:
-    return RESOLVE_AFTER_SECONDS[min(asked, len(RESOLVE_AFTER_SECONDS) - 1)]
+def _pause(asked: int, subject: UUID) -> float:
+    # What was lost in the same outage is not asked about at the same moment for ever: the
+    # id's random end moves each by a fifth at most.
+    share = (subject.int & 0xFFFF) / 0xFFFF
+    return RESOLVE_AFTER_SECONDS[min(asked, len(RESOLVE_AFTER_SECONDS) - 1)] * (0.8 + 0.4 * share)

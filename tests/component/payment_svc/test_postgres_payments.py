@@ -186,6 +186,22 @@ async def test_a_late_answer_and_a_current_one_may_share_a_batch(kept: Kept) -> 
         assert settled.payment.state is PaymentState.CAPTURED
 
 
+@pytest.mark.parametrize("outcome", [Captured("ch_1"), Declined("no"), Unknown("timeout")])
+async def test_an_answer_that_is_told_twice_counts_once(kept: Kept, outcome: Outcome) -> None:
+    """Its commit went through while the connection was lost, so it is settled again."""
+    (work,) = work_of(await kept.begun(taken_at_once=True), 0.0)
+    (other,) = work_of(await kept.begun(taken_at_once=True), 0.0)
+    (settled,) = await kept.settles((work, outcome))
+
+    (neighbour,) = await kept.settles((work, outcome), (other, Captured("ch_2")))
+
+    assert neighbour.payment.payment_id == other.payment.payment_id
+    rows = await kept.execute(
+        f"SELECT revision FROM payments WHERE payment_id = '{work.payment.payment_id}'"
+    )
+    assert [row["revision"] for row in rows] == [settled.payment.revision]
+
+
 async def test_an_answer_is_decided_on_the_payment_as_it_is_by_now(kept: Kept) -> None:
     """It was cancelled while the provider was being asked."""
     (held,) = await kept.begun(taken_at_once=True)
@@ -273,6 +289,21 @@ async def test_the_age_of_what_is_unknown_is_measured(kept: Kept) -> None:
 
     assert _gauge("mesh_payment_unknown") == 1
     assert 7200 <= _gauge("mesh_payment_oldest_unknown_seconds") < 7300
+
+
+async def test_a_refund_whose_outcome_is_unknown_is_measured_too(kept: Kept) -> None:
+    """Its payment is captured, and money is on its way all the same."""
+    (work,) = work_of(await kept.begun(taken_at_once=True), 0.0)
+    (paid,) = await kept.settles((work, Captured("ch_1")))
+    await kept.cancels(paid)
+    (refund,) = await kept.takes()
+    await kept.settles((refund, Unknown("timeout")))
+    await kept.execute("UPDATE refunds SET sent_time = now() - interval '3 hours'")
+
+    await kept.store.measure()
+
+    assert _gauge("mesh_payment_unknown") == 1
+    assert 10800 <= _gauge("mesh_payment_oldest_unknown_seconds") < 10900
 
 
 def _gauge(name: str) -> float:

@@ -96,15 +96,27 @@ class OnePayment(RuleBasedStateMachine):
         self.held.append(self.payment)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), answer_lost=st.booleans(), never_sent=st.booleans())
-    def perform(self, data: st.DataObject, answer_lost: bool, never_sent: bool) -> None:
-        """Somebody asks the provider, in time or long after, and settles what came."""
+    @rule(
+        data=st.data(),
+        answer_lost=st.booleans(),
+        never_sent=st.booleans(),
+        settled_twice=st.booleans(),
+    )
+    def perform(
+        self, data: st.DataObject, answer_lost: bool, never_sent: bool, settled_twice: bool
+    ) -> None:
+        """Somebody asks the provider, in time or long after, and settles what came.
+
+        Twice, when the connection was lost during the first commit.
+        """
         position = data.draw(st.integers(0, len(self.held) - 1))
         work = self.held.pop(position)
         outcome = RetrySameKey(1.0) if never_sent else self.ask(work)
         if answer_lost and not never_sent:
             outcome = Unknown("lost")
         self.settle(work, outcome)
+        if settled_twice:
+            self.settle(work, outcome)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), sent=st.booleans())
