@@ -98,7 +98,7 @@ class ServiceSettings(BaseSettings):
     merchants: Path = Path("merchants.json")
     """The file of merchants, JSON, checked at start."""
 
-    page_token_key: SecretStr = Field(default=SecretStr(""), min_length=0)
+    page_token_key: SecretStr
     """Secret under which page tokens are signed; the same for all replicas."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -122,6 +122,14 @@ class ServiceSettings(BaseSettings):
 
     concurrency_max: int = Field(default=256, ge=1)
     """Calls handled at once; more are answered RESOURCE_EXHAUSTED."""
+
+    @field_validator("page_token_key")
+    @classmethod
+    def _is_secret(cls, value: SecretStr) -> SecretStr:
+        # Whoever guesses it could forge tokens.
+        if not value.get_secret_value():
+            raise ValueError("is empty; give every replica the same secret")
+        return value
 
     @model_validator(mode="after")
     def _tls_or_insecure(self) -> ServiceSettings:

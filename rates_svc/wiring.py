@@ -34,7 +34,6 @@ async def build(settings: RatesSettings, *, clock: Now = now) -> AsyncIterator[A
 
     Raises:
         MalformedHistoryError: The history is missing or damaged.
-        ValueError: `MESH_PAGE_TOKEN_KEY` is empty.
     """
     history = EcbHistory.read(settings.rates_history)
     _log.info("history", first_day=str(history.first_day), last_day=str(history.last_day))

@@ -60,7 +60,11 @@ async def answering(credentials: grpc.ServerCredentials | None) -> AsyncIterator
 
 def settings(port: int, **changes: Any) -> ServiceSettings:
     """Settings of a service that calls others by way of this port."""
-    return ServiceSettings(internal_address=f"127.0.0.1:{port}", **{"insecure": True, **changes})
+    return ServiceSettings(
+        internal_address=f"127.0.0.1:{port}",
+        page_token_key="secret",
+        **{"insecure": True, **changes},
+    )
 
 
 async def test_a_call_carries_on_what_it_belongs_to() -> None:

@@ -127,7 +127,12 @@ class Running:
 @asynccontextmanager
 async def serving_orders(folder: Path, **settings: Any) -> AsyncIterator[tuple[GrpcServer, Orders]]:
     """A server of orders and rates on a free port."""
-    given = {"insecure": True, "grpc_address": "127.0.0.1:0", **settings}
+    given = {
+        "insecure": True,
+        "grpc_address": "127.0.0.1:0",
+        "page_token_key": "secret",
+        **settings,
+    }
     orders = Orders()  # type: ignore[abstract]  # the rest is UNIMPLEMENTED
     rates = Rates()  # type: ignore[abstract]  # as above
     registrations: list[tuple[str, Callable[[grpc.aio.Server], None]]] = [
@@ -720,6 +725,7 @@ async def test_a_service_is_known_by_its_certificate(
     pair = certificates.of("rates")
     settings = ServiceSettings(
         merchants=merchants_file(tmp_path),
+        page_token_key="secret",
         grpc_address="127.0.0.1:0",
         tls_cert=pair.certificate,
         tls_key=pair.key,

@@ -60,6 +60,7 @@ class Process:
         self.settings = ServiceSettings(
             merchants=merchants_file(folder),
             insecure=True,
+            page_token_key="secret",
             grpc_address=f"127.0.0.1:{self.grpc_port}",
             http_address=f"127.0.0.1:{self.http_port}",
             **{"drain_seconds": 0, "grace_seconds": 5, **settings},
@@ -371,6 +372,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Monke
     """An environment that is enough to start; logging stays the tests' own."""
     monkeypatch.setenv("MESH_MERCHANTS", str(merchants_file(tmp_path)))
     monkeypatch.setenv("MESH_INSECURE", "true")
+    monkeypatch.setenv("MESH_PAGE_TOKEN_KEY", "secret")
     monkeypatch.setenv("MESH_DRAIN_SECONDS", "0")
     monkeypatch.setattr(runtime, "configure_logs", lambda *_: None)
     return monkeypatch
@@ -447,6 +449,16 @@ def test_an_environment_that_is_not_right_ends_with_2_and_is_named(
     said = capsys.readouterr().err
     assert "MESH_DRAIN_SECONDS: " in said
     assert "MESH_LOG_LEVEL: " in said
+
+
+def test_an_empty_key_of_page_tokens_ends_with_2_and_is_named(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever guesses a key could forge tokens."""
+    environment.setenv("MESH_PAGE_TOKEN_KEY", "")
+    assert Service().run("all") == 2
+    said = capsys.readouterr().err
+    assert "MESH_PAGE_TOKEN_KEY: Value error, is empty; give every replica the same secret" in said
 
 
 def test_merchants_that_are_not_right_end_with_2_and_are_named(

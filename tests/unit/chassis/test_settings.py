@@ -22,6 +22,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
     monkeypatch.setenv("MESH_INSECURE", "true")
     monkeypatch.setenv("MESH_DATABASE_URL", URL)
     monkeypatch.setenv("MESH_BROKER_URL", "memory://test")
+    monkeypatch.setenv("MESH_PAGE_TOKEN_KEY", "secret")
     return monkeypatch
 
 

@@ -80,6 +80,7 @@ def test_other_paths_say_which_there_are(health: HealthServer) -> None:
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServiceSettings]:
     """Settings of a test; logging is as before afterwards."""
     monkeypatch.setenv("MESH_INSECURE", "true")
+    monkeypatch.setenv("MESH_PAGE_TOKEN_KEY", "secret")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield ServiceSettings(merchants=Path("unread.json"))
