@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -11,8 +10,9 @@ import sqlalchemy as sa
 
 from chassis.database import Database, Statement
 from chassis.errors import NotFoundError
+from chassis.lists import Page, PagedList
 from chassis.mediator import Query
-from chassis.paging import PageTokens, page_size_of
+from chassis.paging import PageTokens
 from notify_svc.messages import notification_name
 from notify_svc.tables import notifications
 
@@ -26,21 +26,13 @@ class GetNotification(Query[Any]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListNotifications(Query["Page"]):
+class ListNotifications(Query[Page]):
     """A page of a merchant's notifications, of one order or of all, the newest first."""
 
     merchant: str
     order_id: UUID | None = None
     page_size: int = 0
     page_token: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Rows of a list, and the token of the next page; empty on the last."""
-
-    rows: Sequence[Any]
-    next_page_token: str
 
 
 _SHOWN = (
@@ -69,24 +61,19 @@ _GET = Statement(
     )
 )
 
-_list = (
-    sa.select(*_SHOWN)
-    .where(
-        _of_merchant,
-        notifications.c.notification_id
-        < sa.bindparam("before", type_=notifications.c.notification_id.type),
-    )
-    .order_by(notifications.c.notification_id.desc())
-    .limit(sa.bindparam("size", type_=sa.Integer))
+_all = sa.select(*_SHOWN).where(_of_merchant)
+_NOTIFICATIONS = PagedList(
+    "notifications",
+    _all,
+    notifications.c.notification_id,
 )
-_LIST = Statement(_list)
-_LIST_OF_ORDER = Statement(
-    _list.where(
+_NOTIFICATIONS_OF_ORDER = PagedList(
+    "notifications-of-order",
+    _all.where(
         notifications.c.order_id == sa.bindparam("order_id", type_=notifications.c.order_id.type)
-    )
+    ),
+    notifications.c.notification_id,
 )
-
-_NEWEST = UUID(int=(1 << 128) - 1)
 
 
 class NotificationQueries:
@@ -119,19 +106,10 @@ class NotificationQueries:
         Raises:
             InvalidInputError: PAGE_TOKEN_INVALID, the token is not of this list.
         """
-        size = page_size_of(query.page_size)
-        arguments = ("notifications", query.merchant, str(query.order_id or ""))
-        position = self._tokens.read(query.page_token, *arguments)
-        before = UUID(position[0]) if position else _NEWEST
         if query.order_id is None:
-            statement = _LIST(merchant=query.merchant, before=before, size=size + 1)
-        else:
-            statement = _LIST_OF_ORDER(
-                merchant=query.merchant, before=before, size=size + 1, order_id=query.order_id
+            return await _NOTIFICATIONS.page(
+                self._database, self._tokens, query, merchant=query.merchant
             )
-        async with self._database.reading() as connection:
-            rows = await connection.fetch(*statement)
-        token = ""
-        if len(rows) > size:
-            token = self._tokens.make([str(rows[size - 1]["notification_id"])], *arguments)
-        return Page(rows[:size], token)
+        return await _NOTIFICATIONS_OF_ORDER.page(
+            self._database, self._tokens, query, merchant=query.merchant, order_id=query.order_id
+        )

@@ -6,9 +6,7 @@ rows, which go out as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -16,8 +14,9 @@ import sqlalchemy as sa
 from chassis.cache import Cache, Versioned
 from chassis.database import Database, Statement
 from chassis.errors import NotFoundError
+from chassis.lists import Page, PagedList
 from chassis.mediator import Query
-from chassis.paging import PageTokens, page_size_of
+from chassis.paging import PageTokens
 from order_svc.tables import order_history, order_reads
 
 
@@ -30,7 +29,7 @@ class GetOrder(Query[bytes]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListOrders(Query["Page"]):
+class ListOrders(Query[Page]):
     """A page of a merchant's orders, the newest first."""
 
     merchant: str
@@ -39,21 +38,13 @@ class ListOrders(Query["Page"]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListOrderEvents(Query["Page"]):
+class ListOrderEvents(Query[Page]):
     """A page of an order's timeline, the oldest first."""
 
     merchant: str
     order_id: UUID
     page_size: int = 0
     page_token: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Rows of a list, and the token of the next page; empty on the last."""
-
-    rows: Sequence[Any]
-    next_page_token: str
 
 
 _GET = Statement(
@@ -63,17 +54,16 @@ _GET = Statement(
     )
 )
 
-_LIST = Statement(
-    sa.select(order_reads.c.order_id, order_reads.c.resource)
-    .where(
-        order_reads.c.merchant == sa.bindparam("merchant", type_=sa.Text),
-        order_reads.c.order_id < sa.bindparam("before", type_=order_reads.c.order_id.type),
-    )
-    .order_by(order_reads.c.order_id.desc())
-    .limit(sa.bindparam("size", type_=sa.Integer))
+_ORDERS = PagedList(
+    "orders",
+    sa.select(order_reads.c.order_id, order_reads.c.resource).where(
+        order_reads.c.merchant == sa.bindparam("merchant", type_=sa.Text)
+    ),
+    order_reads.c.order_id,
 )
 
-_TIMELINE = Statement(
+_TIMELINE = PagedList(
+    "events",
     sa.select(
         order_history.c.version,
         order_history.c.event_id,
@@ -84,17 +74,13 @@ _TIMELINE = Statement(
         order_history.c.correlation_id,
         order_history.c.causation_id,
         order_history.c.trace_id,
-    )
-    .where(
+    ).where(
         order_history.c.merchant == sa.bindparam("merchant", type_=sa.Text),
         order_history.c.order_id == sa.bindparam("order_id", type_=order_history.c.order_id.type),
-        order_history.c.version > sa.bindparam("after", type_=sa.BigInteger),
-    )
-    .order_by(order_history.c.version)
-    .limit(sa.bindparam("size", type_=sa.Integer))
+    ),
+    order_history.c.version,
+    oldest_first=True,
 )
-
-_NEWEST = UUID(int=(1 << 128) - 1)
 
 
 class OrderQueries:
@@ -131,18 +117,7 @@ class OrderQueries:
         Raises:
             InvalidInputError: The page token is not of this list.
         """
-        size = page_size_of(query.page_size)
-        position = self._tokens.read(query.page_token, "orders", query.merchant)
-        before = UUID(position[0]) if position else _NEWEST
-        async with self._database.reading() as connection:
-            rows = await connection.fetch(
-                *_LIST(merchant=query.merchant, before=before, size=size + 1)
-            )
-        token = ""
-        if len(rows) > size:
-            last = str(rows[size - 1]["order_id"])
-            token = self._tokens.make([last], "orders", query.merchant)
-        return Page(rows[:size], token)
+        return await _ORDERS.page(self._database, self._tokens, query, merchant=query.merchant)
 
     async def timeline(self, query: ListOrderEvents) -> Page:
         """A page of an order's history.
@@ -151,22 +126,12 @@ class OrderQueries:
             NotFoundError: There is no such order.
             InvalidInputError: The page token is not of this list.
         """
-        size = page_size_of(query.page_size)
-        name = f"merchants/{query.merchant}/orders/{query.order_id}"
-        position = self._tokens.read(query.page_token, "events", name)
-        after = int(position[0]) if position else 0
-        async with self._database.reading() as connection:
-            rows = await connection.fetch(
-                *_TIMELINE(
-                    merchant=query.merchant, order_id=query.order_id, after=after, size=size + 1
-                )
-            )
-        if not rows and after == 0:
-            raise _not_found(name)
-        token = ""
-        if len(rows) > size:
-            token = self._tokens.make([str(rows[size - 1]["version"])], "events", name)
-        return Page(rows[:size], token)
+        page = await _TIMELINE.page(
+            self._database, self._tokens, query, merchant=query.merchant, order_id=query.order_id
+        )
+        if not page.rows and not query.page_token:
+            raise _not_found(f"merchants/{query.merchant}/orders/{query.order_id}")
+        return page
 
 
 def _not_found(name: str) -> NotFoundError:

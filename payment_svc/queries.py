@@ -5,7 +5,6 @@ Answers are the serialized resources of the read rows, which go out as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -13,8 +12,9 @@ import sqlalchemy as sa
 
 from chassis.database import Database, Statement
 from chassis.errors import NotFoundError
+from chassis.lists import Page, PagedList
 from chassis.mediator import Query
-from chassis.paging import PageTokens, page_size_of
+from chassis.paging import PageTokens
 from payment_svc.tables import payment_reads, payments
 
 
@@ -27,7 +27,7 @@ class GetPayment(Query[bytes]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ListPayments(Query["Page"]):
+class ListPayments(Query[Page]):
     """A page of a merchant's payments, the newest first; of one order where it is given."""
 
     merchant: str
@@ -36,17 +36,7 @@ class ListPayments(Query["Page"]):
     page_token: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Serialized payments, and the token of the next page; empty on the last."""
-
-    resources: Sequence[bytes]
-    next_page_token: str
-
-
 _MERCHANT = sa.bindparam("merchant", type_=sa.Text)
-_BEFORE = sa.bindparam("before", type_=payment_reads.c.payment_id.type)
-_SIZE = sa.bindparam("size", type_=sa.Integer)
 
 _GET = Statement(
     sa.select(payment_reads.c.resource).where(
@@ -56,17 +46,19 @@ _GET = Statement(
     )
 )
 
-_LIST = Statement(
-    sa.select(payment_reads.c.payment_id, payment_reads.c.resource)
-    .where(payment_reads.c.merchant == _MERCHANT, payment_reads.c.payment_id < _BEFORE)
-    .order_by(payment_reads.c.payment_id.desc())
-    .limit(_SIZE)
+_PAYMENTS = PagedList(
+    "payments",
+    sa.select(payment_reads.c.payment_id, payment_reads.c.resource).where(
+        payment_reads.c.merchant == _MERCHANT
+    ),
+    payment_reads.c.payment_id,
 )
 
-_LIST_OF_ORDER = Statement(
-    sa.select(payment_reads.c.payment_id, payment_reads.c.resource)
+_PAYMENTS_OF_ORDER = PagedList(
+    "payments-of-order",
+    sa.select(payments.c.payment_id, payment_reads.c.resource)
     .join(
-        payments,
+        payment_reads,
         sa.and_(
             payments.c.merchant == payment_reads.c.merchant,
             payments.c.payment_id == payment_reads.c.payment_id,
@@ -75,13 +67,9 @@ _LIST_OF_ORDER = Statement(
     .where(
         payments.c.merchant == _MERCHANT,
         payments.c.order_id == sa.bindparam("order_id", type_=payments.c.order_id.type),
-        payments.c.payment_id < _BEFORE,
-    )
-    .order_by(payments.c.payment_id.desc())
-    .limit(_SIZE)
+    ),
+    payments.c.payment_id,
 )
-
-_NEWEST = UUID(int=(1 << 128) - 1)
 
 
 class PaymentQueries:
@@ -112,19 +100,10 @@ class PaymentQueries:
         Raises:
             InvalidInputError: The page token is not of this list.
         """
-        size = page_size_of(query.page_size)
-        arguments = ("payments", query.merchant, str(query.order_id or ""))
-        position = self._tokens.read(query.page_token, *arguments)
-        before = UUID(position[0]) if position else _NEWEST
         if query.order_id is None:
-            statement = _LIST(merchant=query.merchant, before=before, size=size + 1)
-        else:
-            statement = _LIST_OF_ORDER(
-                merchant=query.merchant, order_id=query.order_id, before=before, size=size + 1
+            return await _PAYMENTS.page(
+                self._database, self._tokens, query, merchant=query.merchant
             )
-        async with self._database.reading() as connection:
-            rows = await connection.fetch(*statement)
-        token = ""
-        if len(rows) > size:
-            token = self._tokens.make([str(rows[size - 1]["payment_id"])], *arguments)
-        return Page([row["resource"] for row in rows[:size]], token)
+        return await _PAYMENTS_OF_ORDER.page(
+            self._database, self._tokens, query, merchant=query.merchant, order_id=query.order_id
+        )

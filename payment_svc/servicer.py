@@ -37,4 +37,4 @@ class PaymentServicer(payment_service_pb2_grpc.PaymentServiceServicer):
                 page_token=request.page_token,
             )
         )
-        return payments_page(page.resources, page.next_page_token)
+        return payments_page([row["resource"] for row in page.rows], page.next_page_token)

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 
 import pytest_asyncio
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import BYTEA
+from sqlalchemy.dialects.postgresql import UUID as PgUuid
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from chassis.database import Database
@@ -24,10 +26,18 @@ sa.Table(
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("text", sa.Text, nullable=False),
 )
+documents = sa.Table(
+    "documents",
+    metadata,
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("id", PgUuid(as_uuid=True), primary_key=True),
+    sa.Column("version", sa.BigInteger, sa.Identity(), nullable=False, unique=True),
+    sa.Column("body", BYTEA, nullable=False),
+)
 
 
 async def prepare(url: str) -> None:
-    """Makes outbox, inbox and ledger, and a table of notes to write to beside them."""
+    """Makes outbox, inbox and ledger, and tables of notes and documents beside them."""
     engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
     async with engine.begin() as connection:
         await connection.run_sync(metadata.create_all)

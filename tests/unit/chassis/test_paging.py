@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chassis.errors import InvalidInputError
-from chassis.paging import PageTokens, page_size_of
+from chassis.paging import PageTokens
 
 TOKENS = PageTokens("secret")
 
@@ -72,17 +72,3 @@ def test_replicas_with_the_same_key_read_each_others_tokens() -> None:
     token = TOKENS.make(["1"], "orders")
     assert PageTokens("secret").read(token, "orders") == ["1"]
     assert_refused(token, "orders", tokens=PageTokens("other"))
-
-
-def test_an_empty_key_is_refused() -> None:
-    """Whoever guesses it could forge tokens."""
-    with pytest.raises(ValueError, match="MESH_PAGE_TOKEN_KEY"):
-        PageTokens("")
-
-
-@pytest.mark.parametrize(
-    ("asked", "size"), [(0, 50), (1, 1), (50, 50), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)]
-)
-def test_a_page_has_the_size_that_was_asked_for_within_bounds(asked: int, size: int) -> None:
-    """50 where none is asked for, 1000 at the most (AIP-158)."""
-    assert page_size_of(asked) == size
