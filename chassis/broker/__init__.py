@@ -176,6 +176,8 @@ class Limits:
     """A handler that takes longer is cancelled; far below RabbitMQ's 30 min."""
     publish_seconds_max: float = 5.0
     """A publish that is not confirmed by then has an UNKNOWN outcome."""
+    declare_seconds_max: float = 60.0
+    """How long `declare` goes on trying to reach a broker that is away."""
     lease_seconds: float = 10.0
     """PostgreSQL alone: how long after its consumer's death a message is handed to another
     one. A living consumer renews it; RabbitMQ notices the lost connection instead."""
@@ -215,10 +217,11 @@ class Broker(Protocol):
         """Makes the queues and bindings of these subscriptions; idempotent.
 
         `consume` does the same for its own subscription. A type has no home before its
-        first subscriber was declared, so a deployment declares consumers first.
+        first subscriber was declared, so a deployment declares consumers first. A broker that
+        is away is waited for, `Limits.declare_seconds_max` at the most.
 
         Raises:
-            BrokerUnavailableError: The broker is away; nothing can be said of the queues.
+            BrokerUnavailableError: It is still away; nothing can be said of the queues.
             TopologyError: A queue exists with other properties.
         """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -20,6 +20,7 @@ import structlog
 from chassis.broker import (
     DELIVERY_LIMIT_EXCEEDED,
     Ack,
+    BrokerUnavailableError,
     ConsumerStuckError,
     DeadLetter,
     Delivery,
@@ -277,8 +278,6 @@ class Recovery:
             raise ConsumerStuckError(
                 f"consumer {self._consumer} cannot consume though its broker answers"
             ) from why
-        ceiling = min(_RECONNECT_SECONDS_MAX, 0.2 * 2 ** min(self._failures, 10))
-        self._failures += 1
         metrics.RECONNECTED.labels("consume").inc()
         _log.warning(
             "consumer.interrupted",
@@ -286,12 +285,42 @@ class Recovery:
             reason=f"{type(why).__name__}: {why}",
             broker_answers=reached,
         )
-        pause = random.uniform(_RECONNECT_SECONDS_MIN, ceiling)
+        pause = _pause_seconds(self._failures)
+        self._failures += 1
         try:
             async with asyncio.timeout(pause):
                 await stopping.wait()
         except TimeoutError:
             return
+
+
+async def patiently(declare: Callable[[], Awaitable[None]], seconds_max: float) -> None:
+    """Declares; while the broker is away, again and again with full jitter, up to a time.
+
+    Services declare before they do anything else. One that gave up at once would be started
+    over and over by its supervisor, and at last no more, for an outage of the broker that it
+    could have waited out.
+
+    Raises:
+        BrokerUnavailableError: The broker is still away.
+    """
+    deadline = time.monotonic() + seconds_max
+    failures = 0
+    while True:
+        try:
+            return await declare()
+        except BrokerUnavailableError as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            _log.warning("declare.waiting", reason=str(error), seconds_left=round(left, 1))
+        await asyncio.sleep(min(left, _pause_seconds(failures)))
+        failures += 1
+
+
+def _pause_seconds(failures: int) -> float:
+    ceiling = min(_RECONNECT_SECONDS_MAX, 0.2 * 2 ** min(failures, 10))
+    return random.uniform(_RECONNECT_SECONDS_MIN, ceiling)
 
 
 @asynccontextmanager

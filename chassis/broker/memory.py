@@ -35,6 +35,7 @@ from chassis.broker.handling import (
     beside,
     forward,
     handed_over_together,
+    patiently,
 )
 from chassis.broker.metrics import count_published
 
@@ -117,6 +118,9 @@ class MemoryBroker:
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""
+        await patiently(lambda: self._declare(subscriptions), self._limits.declare_seconds_max)
+
+    async def _declare(self, subscriptions: Sequence[Subscription]) -> None:
         self.server.check()
         for subscription in subscriptions:
             self.server.queues.setdefault(subscription.consumer, _Queue())
@@ -166,7 +170,7 @@ class MemoryBroker:
             self.server.consumers.discard(wake)
 
     async def _handle_some(self, subscription: Subscription, handling: Handling) -> bool:
-        await self.declare([subscription])
+        await self._declare([subscription])
         queue = self.server.queues[subscription.consumer]
         if not queue.ready:
             return False

@@ -137,6 +137,9 @@ class TestAmqpBroker(ServerBrokerSuite):
             began = time.monotonic()
             assert await broker.publish(names.messages(3, 200)) == [REFUSED] * 3
             assert time.monotonic() - began < 1.0
+            # Publishers alone are blocked: a service may start, and an operator may look.
+            await broker.declare([names.subscription("late")])
+            assert await broker.dead_letters(subscription.consumer) == []
             recorder = Recorder()
             async with consuming(broker, subscription, recorder):
                 await eventually(lambda: {0, 1, 2, 3, 4} <= set(recorder.numbers))
@@ -177,6 +180,45 @@ class TestAmqpBroker(ServerBrokerSuite):
             await self._comes_to(CONFIRMED, broker, names.message(99))
             await eventually(lambda: 99 in recorder.numbers, 15)
             assert not task.done()
+
+    async def test_a_broker_that_is_stuck_for_longer_than_its_heartbeats_ends_nobodys_task(
+        self, server: Throwaway[RabbitMQ], names: Names
+    ) -> None:
+        """The client then cancels what waits for the connection, which is no cancellation."""
+        subscription = names.subscription()
+        recorder = Recorder()
+        limits = replace(LIMITS, publish_seconds_max=60.0, watchdog_seconds=600.0)
+        url = f"{server.url}?heartbeat=1"
+        async with (
+            connect(url, name="suite", limits=limits) as broker,
+            consuming(broker, subscription, recorder) as task,
+        ):
+            await eventually(lambda: self._routable(broker, names))
+            os.killpg(server.pid, signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(30):
+                    assert await broker.publish(names.messages(3, 10)) == [UNKNOWN] * 3
+            finally:
+                os.killpg(server.pid, signal.SIGCONT)
+            await self._comes_to(CONFIRMED, broker, names.message(99))
+            await eventually(lambda: 99 in recorder.numbers, 15)
+            assert not task.done()
+
+    async def test_a_proof_of_life_that_is_given_up_costs_no_publish_its_confirm(
+        self, server: Throwaway[RabbitMQ], broker: Broker, names: Names
+    ) -> None:
+        """Health checks have little patience, and must not make a slow broker's work worse."""
+        await broker.declare([names.subscription()])
+        assert await broker.publish([names.message()]) == [CONFIRMED]
+        os.killpg(server.pid, signal.SIGSTOP)
+        try:
+            publishing = asyncio.create_task(broker.publish(names.messages(50)))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await broker.ping()
+        finally:
+            os.killpg(server.pid, signal.SIGCONT)
+        assert await publishing == [CONFIRMED] * 50
 
     async def test_a_full_queue_refuses_its_publishers(
         self, server: Throwaway[RabbitMQ], names: Names

@@ -44,6 +44,7 @@ LIMITS = Limits(
     retry_tiers_seconds=(0.2, 0.4),
     delivery_limit=2,
     publish_seconds_max=3.0,
+    declare_seconds_max=0.5,
     lease_seconds=0.6,
     poll_seconds=0.1,
     watchdog_seconds=1.0,
@@ -649,8 +650,9 @@ class BrokerSuite:
     async def test_while_the_server_is_away_publishing_fails_fast_and_afterwards_all_goes_on(
         self, broker: Broker, backend: Backend, names: Names
     ) -> None:
-        """What was confirmed is kept, consumers come back, and publishing works again."""
+        """What was confirmed is kept, consumers come back, and a declaration waits in between."""
         waiting, running = names.subscription("waiting"), names.subscription("running")
+        newcomer = names.subscription("newcomer", names.type_named("Late"))
         await broker.declare([waiting, running])
         recorder = Recorder()
         async with consuming(broker, running, recorder) as task:
@@ -667,10 +669,14 @@ class BrokerSuite:
                 with pytest.raises(BrokerUnavailableError):
                     await broker.declare([waiting])
                 assert not task.done()
+                declaring = asyncio.create_task(self._declare_patiently(backend.url, newcomer))
             finally:
                 await backend.start()
+            async with asyncio.timeout(RESTART_SECONDS):
+                await declaring
             await eventually(lambda: self._pings(broker), RESTART_SECONDS)
-            assert await broker.publish([names.message(200)]) == [CONFIRMED]
+            late_message = names.message(300, names.type_named("Late"))
+            assert await broker.publish([names.message(200), late_message]) == [CONFIRMED] * 2
             await eventually(lambda: 200 in recorder.numbers, RESTART_SECONDS)
         late = Recorder()
         async with consuming(broker, waiting, late):
@@ -716,6 +722,12 @@ class BrokerSuite:
         recorder = Recorder()
         async with consuming(broker, subscription, recorder):
             await eventually(lambda: confirmed <= set(recorder.numbers), RESTART_SECONDS)
+
+    @staticmethod
+    async def _declare_patiently(url: str, subscription: Subscription) -> None:
+        limits = replace(LIMITS, declare_seconds_max=float(RESTART_SECONDS))
+        async with connect(url, name="starting", limits=limits) as broker:
+            await broker.declare([subscription])
 
     @staticmethod
     async def _pings(broker: Broker) -> bool:

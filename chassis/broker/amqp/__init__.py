@@ -35,7 +35,8 @@ time (docs/adr/0014).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final
 
@@ -55,7 +56,6 @@ from chassis.broker import (
     TopologyError,
 )
 from chassis.broker.amqp.connection import (
-    CONNECT_SECONDS,
     RPC_SECONDS,
     beneath,
     close_connection,
@@ -66,7 +66,7 @@ from chassis.broker.amqp.publisher import Publisher
 from chassis.broker.amqp.session import Session
 from chassis.broker.amqp.topology import dead_letter_queue, declare
 from chassis.broker.amqp.wire import dead_letter_of, parcel_of
-from chassis.broker.handling import Handling, Recovery
+from chassis.broker.handling import Handling, Recovery, patiently
 from chassis.broker.metrics import count_published
 
 _INSPECTED_MAX: Final = 1000
@@ -102,7 +102,20 @@ class AmqpBroker:
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""
-        await declare(await self._publisher.connection(), subscriptions, self._limits)
+        await patiently(lambda: self._declare(subscriptions), self._limits.declare_seconds_max)
+
+    async def _declare(self, subscriptions: Sequence[Subscription]) -> None:
+        async with self._connected("declare") as connection:
+            await declare(connection, subscriptions, self._limits)
+
+    @asynccontextmanager
+    async def _connected(self, purpose: str) -> AsyncIterator[AbstractConnection]:
+        """A connection for a rare call: no alarm blocks it, and its end gives all back."""
+        connection = await open_connection(self._url, f"{self._name} {purpose}")
+        try:
+            yield connection
+        finally:
+            await close_connection(connection)
 
     async def publish(self, messages: Sequence[Message]) -> list[PublishOutcome]:
         """See `chassis.broker.Broker.publish`."""
@@ -151,9 +164,7 @@ class AmqpBroker:
 
     async def ping(self) -> None:
         """See `chassis.broker.Broker.ping`."""
-        channel = await self._publisher.open(CONNECT_SECONDS)
-        async with in_our_terms(RPC_SECONDS):
-            await channel.basic_qos(prefetch_count=0)
+        await self._publisher.ping()
 
     async def close(self) -> None:
         """See `chassis.broker.Broker.close`."""
@@ -166,9 +177,8 @@ class AmqpBroker:
         So all of them are taken, up to a thousand, sorted, and given back; nobody else sees
         them meanwhile.
         """
-        connection = await self._publisher.connection()
         records: list[DeadLetterRecord] = []
-        async with in_our_terms(RPC_SECONDS * 2):
+        async with self._connected("inspect") as connection, in_our_terms(RPC_SECONDS * 2):
             channel = await beneath(connection).channel(publisher_confirms=False)
             try:
                 while len(records) < _INSPECTED_MAX:

@@ -17,6 +17,7 @@ from aiormq import spec
 from chassis.broker import BrokerUnavailableError, Limits, PublishOutcome
 from chassis.broker.amqp.connection import (
     CONNECT_SECONDS,
+    RPC_SECONDS,
     beneath,
     close_connection,
     in_our_terms,
@@ -117,16 +118,19 @@ class Publisher:
                 raise BrokerUnavailableError("the broker blocks publishers: an alarm is on")
             return channel
 
-    async def connection(self) -> AbstractConnection:
-        """The connection, for the rare calls that are no publishing.
+    async def ping(self) -> None:
+        """Proves that the broker answers on the connection that publishes, and takes messages.
+
+        By a channel of its own: aiormq closes the channel of a call that is given up, and on
+        the publisher's the fate of everything in flight would become unknown.
 
         Raises:
-            BrokerUnavailableError: There is none to be had.
+            BrokerUnavailableError: It does not.
         """
-        await self.open(CONNECT_SECONDS)
-        if self._connection is None:
-            raise BrokerUnavailableError("the connection was lost at once")
-        return self._connection
+        publishing = await self.open(CONNECT_SECONDS)
+        async with in_our_terms(RPC_SECONDS):
+            channel = await publishing.connection.channel(publisher_confirms=False)
+            await channel.close()
 
     async def _renounce(self, channel: aiormq.Channel) -> None:
         """Gives up the connection on which the fate of a message became unknown.

@@ -56,7 +56,7 @@ from chassis.broker import (
     PublishOutcome,
     Subscription,
 )
-from chassis.broker.handling import cancelled_by_caller
+from chassis.broker.handling import cancelled_by_caller, patiently
 from chassis.broker.metrics import RECONNECTED, count_published
 from chassis.broker.postgres.connection import (
     CONNECT_SECONDS,
@@ -113,6 +113,9 @@ class PostgresBroker:
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""
+        await patiently(lambda: self._declare(subscriptions), self._limits.declare_seconds_max)
+
+    async def _declare(self, subscriptions: Sequence[Subscription]) -> None:
         async with self._borrowed() as connection:
             await declare(connection, subscriptions)
 
