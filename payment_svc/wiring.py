@@ -36,7 +36,7 @@ from payment_svc.queries import GetPayment, ListPayments, PaymentQueries
 from payment_svc.servicer import PaymentServicer
 from payment_svc.settings import PaymentSettings
 from payment_svc.storage import PostgresPayments
-from payment_svc.worker import PaymentWorker
+from payment_svc.worker import PaymentWorker, lease_seconds_for
 
 NAME = "payment"
 SWEEP_SECONDS = 30.0
@@ -92,7 +92,11 @@ async def build(
         outbox = Outbox(database, broker, new_id=new_id)
         store = PostgresPayments(database, outbox, new_id=new_id)
         queries = PaymentQueries(database, PageTokens(settings.page_token_key.get_secret_value()))
-        leases = Leases(lease_seconds=settings.payment_lease_seconds, now=now, monotonic=monotonic)
+        leases = Leases(
+            lease_seconds=lease_seconds_for(settings.provider_timeout_seconds),
+            now=now,
+            monotonic=monotonic,
+        )
         behaviours: list[Behaviour] = [measured]
         if settings.otlp_endpoint:
             behaviours.insert(0, traced)

@@ -36,6 +36,7 @@ from payment_svc.commands import (
     Work,
     work_of,
 )
+from payment_svc.domain.attempt import Attempt
 from payment_svc.domain.outcomes import (
     Absent,
     Authorized,
@@ -51,6 +52,9 @@ from payment_svc.domain.outcomes import (
 from payment_svc.domain.payment import Payment, Task
 from payment_svc.domain.refund import Refund
 from payment_svc.gateways import Charge, PaymentGateway, RefundRequest, VoidRequest
+
+BEGIN_SECONDS = 3.0
+"""How long taken work may wait for its turn and still be asked about twice in its lease."""
 
 SETTLE_SECONDS = 2.0
 """What of a lease is kept for settling, so that an answer never comes too late by it."""
@@ -129,15 +133,19 @@ class PaymentWorker:
             name,
             claim=self._claim,
             perform=self._perform,
-            rounds_max=8,
+            # A round lasts as long as its slowest call, so calls in flight may each be one
+            # of another round, and as many rounds more may be settling meanwhile.
+            rounds_max=2 * concurrency,
             poll_seconds=poll_seconds,
             backlog_max=2 * self._ahead,
         )
 
     @property
     def room(self) -> int:
-        """How much work it can take on now; nothing while it does not run."""
-        return self._ahead - self._in_hand if self._worker.running else 0
+        """How much work it can take on now; nothing while it does not run, or is to end."""
+        if self._stopping.is_set() or not self._worker.running:
+            return 0
+        return self._ahead - self._in_hand
 
     def offer(self, work: Sequence[Work]) -> None:
         """Takes work on that a committed transaction has taken for this process."""
@@ -183,24 +191,16 @@ class PaymentWorker:
             await self._settled(Answer(work=work, outcome=outcome))
 
     async def _outcome_of(self, work: Work) -> Outcome:
-        if self._stopping.is_set() or self._remaining(work) <= 0:
+        if not self._may_ask(work):
             # Nobody has been asked: given back, another process can do it at once.
             return RetrySameKey()
         with _SECONDS_OF[work.task].time():
-            match work.task:
-                case Task.CHARGE:
-                    return await self._asked(
-                        work, lambda: self._gateway.charge(charge_of(work.payment))
-                    )
-                case Task.VOID:
-                    return await self._asked(
-                        work, lambda: self._gateway.void(void_of(work.payment))
-                    )
-                case Task.REFUND:
-                    refund = refund_of(work.payment)
-                    return await self._asked(work, lambda: self._gateway.refund(refund))
-                case Task.RESOLVE:
-                    return await self._resolved(work)
+            if work.task is Task.VOID:
+                return await self._asked(work, lambda: self._gateway.void(void_of(work.payment)))
+            # What was put off for so long that its key may be forgotten is only asked about.
+            if work.task is Task.RESOLVE or not self._may_be_sent(work):
+                return await self._resolved(work)
+            return await self._sent(work)
 
     async def _resolved(self, work: Work) -> Outcome:
         """Asks for what is known; sends again, under the same key, what is not known there.
@@ -208,24 +208,34 @@ class PaymentWorker:
         Sending again is safe while the provider remembers the key: should the first
         request arrive after all, the two are one.
         """
-        payment, refund = work.payment, work.payment.open_refund
+        payment = work.payment
         found: Outcome
-        if refund is None:
+        if payment.open_refund is None:
             found = await self._asked(work, lambda: self._gateway.find(charge_of(payment)))
         else:
             found = await self._asked(work, lambda: self._gateway.find_refund(refund_of(payment)))
         if not isinstance(found, Absent):
             return found
-        sent: Payment | Refund = payment if refund is None else refund
-        subject = sent.attempt if isinstance(sent, Payment) else sent
-        if not subject.may_be_resent(at=self._now(), key_ttl=self._gateway.key_ttl):
-            _log.error("outcome.lost", payment=payment.name, provider_key=subject.provider_key)
+        if not self._may_be_sent(work):
+            key = _sendable(payment).provider_key
+            _log.error("outcome.lost", payment=payment.name, provider_key=key)
             return found
-        if self._remaining(work) <= 0:
+        if not self._may_ask(work):
             return RetrySameKey()
-        if refund is None:
+        answer = await self._sent(work)
+        if isinstance(answer, Declined | Invalid) and not self._gateway.stores_errors:
+            # The first request may be on its way still, and would not be refused for this one.
+            return Unknown(f"refused when sent again: {answer.code}")
+        return answer
+
+    async def _sent(self, work: Work) -> Outcome:
+        payment = work.payment
+        if payment.open_refund is None:
             return await self._asked(work, lambda: self._gateway.charge(charge_of(payment)))
         return await self._asked(work, lambda: self._gateway.refund(refund_of(payment)))
+
+    def _may_be_sent(self, work: Work) -> bool:
+        return _sendable(work.payment).may_be_resent(at=self._now(), key_ttl=self._gateway.key_ttl)
 
     async def _asked(self, work: Work, ask: Callable[[], Awaitable[Outcome]]) -> Outcome:
         outcome = await self._in_time(ask)
@@ -242,9 +252,14 @@ class PaymentWorker:
         answers: list[Outcome] = [told]
 
         async def call() -> Outcome:
-            # The first call was made already, and its answer is what brought us here.
             nonlocal told
-            outcome = answers.pop() if answers else await self._in_time(ask)
+            # The first call was made already, and its answer is what brought us here.
+            if answers:
+                return answers.pop()
+            # The pause was cut short by the process's end, or outlasted the lease (SIGSTOP).
+            if not self._may_ask(work):
+                return told
+            outcome = await self._in_time(ask)
             if isinstance(outcome, RetrySameKey):
                 told = outcome
             return outcome
@@ -267,7 +282,7 @@ class PaymentWorker:
             return Unknown(f"no answer within {self._timeout_seconds} s")
 
     async def _settled(self, answer: Answer) -> None:
-        """Records an answer; tries again while it is ours to record."""
+        """Records an answer; tries again while it is ours to record, also while stopping."""
         try:
             await self._settlements.submit(answer)
         except (ConflictError, OverloadedError, UnavailableError):
@@ -275,7 +290,6 @@ class PaymentWorker:
                 retry=retry_if_exception_type((ConflictError, OverloadedError, UnavailableError)),
                 wait=wait_random_exponential(multiplier=RETRY_SECONDS, max=RETRY_SECONDS_MAX),
                 stop=stop_before_delay(max(answer.work.lease_ends - monotonic(), 0.0)),
-                sleep=self._pause,
                 reraise=True,
             )
             await retrying(self._settlements.submit, answer)
@@ -285,6 +299,10 @@ class PaymentWorker:
         with entered(CallContext()):
             await self._settle_batch(answers)
         return [None] * len(answers)
+
+    def _may_ask(self, work: Work) -> bool:
+        """Whether this process may begin one more call for this work."""
+        return not self._stopping.is_set() and self._remaining(work) > 0
 
     def _remaining(self, work: Work) -> float:
         """Seconds in which one more call may begin and still be settled in the lease."""
@@ -303,6 +321,20 @@ class _StopWhenSet(stop_base):
 
     def __call__(self, retry_state: RetryCallState) -> bool:
         return self._event.is_set()
+
+
+def lease_seconds_for(timeout_seconds: float) -> float:
+    """The shortest lease in which an outcome can be resolved.
+
+    That takes two calls, each for as long as the provider may need: asking, and sending
+    again. A longer lease only makes a payment wait longer when its process has died.
+    """
+    return BEGIN_SECONDS + 2 * timeout_seconds + SETTLE_SECONDS
+
+
+def _sendable(payment: Payment) -> Attempt | Refund:
+    """What goes to the provider under a key that it remembers for a time."""
+    return payment.open_refund or payment.attempt
 
 
 def charge_of(payment: Payment) -> Charge:

@@ -482,7 +482,7 @@ async def test_a_process_that_dies_while_charging_leaves_one_charge(
     service.gateway.before, service.gateway.after = unspoiled, unspoiled_answer
     async with service.running(ALL):
         assert await service.rows(
-            "SELECT due, due_time > now() + interval '50 s' AS later FROM payments"
+            "SELECT due, due_time > now() + interval '20 s' AS later FROM payments"
         ) == [{"due": "RESOLVE", "later": True}], "the dead process's lease must run out first"
         await service.lets_time_pass(minutes=1)
         await service.tells(order_id, "PaymentSucceeded")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from payment_svc.domain.outcomes import (
     Authorized,
     Captured,
     Declined,
+    Invalid,
     Outcome,
     Refunded,
     RetrySameKey,
@@ -90,7 +92,7 @@ class Bench:
             settle=self._settle,
             leases=Leases(lease_seconds=LEASE_SECONDS, now=lambda: NOON, monotonic=monotonic),
             now=lambda: now,
-            timeout_seconds=TIMEOUT_SECONDS,
+            timeout_seconds=options.get("timeout_seconds", TIMEOUT_SECONDS),
             concurrency=options.get("concurrency", 32),
             poll_seconds=0.01,
         )
@@ -356,6 +358,61 @@ async def test_a_process_that_stops_does_not_wait_out_its_retries(
         await eventually(lambda: bench.answers, within_seconds=5)
 
     assert [answer.outcome for answer in bench.answers] == [RetrySameKey(30.0)]
+    assert gateway.asked("charge") == 1, "asked again before the provider's time"
+
+
+async def test_a_process_that_was_stopped_past_its_lease_asks_nothing_more(
+    gateway: FaultyGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP while it pauses before a retry; by SIGCONT somebody else may have resolved it."""
+
+    async def stopped(seconds: float, unless: asyncio.Event) -> None:
+        time.sleep(0.2)  # noqa: ASYNC251 - nothing runs in a process that is stopped
+
+    monkeypatch.setattr(worker_module, "pause", stopped)
+    spoiled(gateway, "charge", RetrySameKey())
+    lease = TIMEOUT_SECONDS + worker_module.SETTLE_SECONDS + 0.15
+    bench = Bench(gateway)
+
+    await _offered(bench, [work_on(a_payment(), lease_ends=monotonic() + lease)])
+
+    assert isinstance(bench.answers[0].outcome, RetrySameKey)
+    assert gateway.asked("charge") == 1
+
+
+async def test_a_charge_put_off_until_its_key_may_be_forgotten_is_not_sent(
+    gateway: FaultyGateway,
+) -> None:
+    """An outage of a day: one that was thought never to have arrived may have met its twin."""
+    payment = answered(a_payment(), RetrySameKey())
+
+    outcome = await Bench(gateway, now=NOON + timedelta(hours=23)).outcome_of(payment)
+
+    assert outcome == Absent()
+    assert gateway.calls == [("find", payment.attempt.provider_key)]
+
+
+async def test_calls_that_take_long_hold_up_no_others(gateway: FaultyGateway) -> None:
+    """As long as the provider may be asked more at once, what comes next is asked."""
+    slow = [a_payment() for _ in range(12)]
+    goes_on = asyncio.Event()
+
+    async def waits(method: str) -> Outcome | None:
+        if len(gateway.calls) <= len(slow):
+            await goes_on.wait()
+        return None
+
+    gateway.before = waits
+    bench = Bench(gateway, timeout_seconds=10)
+    async with bench.running():
+        for payment in [*slow, a_payment()]:
+            bench.worker.offer([work_on(payment, lease_ends=monotonic() + 60)])
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await eventually(lambda: bench.answers, within_seconds=2)
+        goes_on.set()
+
+    assert len(bench.answers) == len(slow) + 1
 
 
 # --- resolving ----------------------------------------------------------------------
@@ -384,6 +441,37 @@ async def test_what_the_provider_does_not_know_is_sent_again_under_the_same_key(
     key = payment.attempt.provider_key
     assert isinstance(outcome, Captured)
     assert gateway.calls == [("find", key), ("charge", key)]
+
+
+async def test_a_lease_is_long_enough_to_ask_and_to_send_again(gateway: FaultyGateway) -> None:
+    """Though it began late, and the provider takes its time for both."""
+
+    async def slowly(method: str) -> Outcome | None:
+        await asyncio.sleep(0.9 * TIMEOUT_SECONDS)
+        return None
+
+    gateway.before = slowly
+    lease = worker_module.lease_seconds_for(TIMEOUT_SECONDS) - worker_module.BEGIN_SECONDS
+    bench = Bench(gateway)
+
+    await _offered(bench, [work_on(an_unknown_payment(), lease_ends=monotonic() + lease)])
+
+    assert isinstance(bench.answers[0].outcome, Captured)
+
+
+@pytest.mark.parametrize("outcome", [Declined("insufficient_funds"), Invalid("token_expired")])
+async def test_a_refusal_when_sent_again_is_final_only_if_the_provider_keeps_it(
+    gateway: FaultyGateway, outcome: Outcome
+) -> None:
+    """Else the first request, on its way still, may go through after all."""
+    for keeps in (True, False):
+        gateway.stores_errors = keeps
+        spoiled(gateway, "charge", outcome)
+
+        found = await Bench(gateway).outcome_of(an_unknown_payment())
+
+        assert (found == outcome) is keeps
+        assert isinstance(found, Unknown) is not keeps
 
 
 async def test_a_key_that_the_provider_may_have_forgotten_is_never_sent_again(
@@ -457,15 +545,35 @@ async def test_an_answer_is_kept_until_the_database_is_back(gateway: FaultyGatew
     assert gateway.asked("charge") == 1
 
 
+async def test_an_answer_is_kept_without_haste_while_the_process_ends(
+    gateway: FaultyGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database is away and the process is told to stop: it pauses between its tries."""
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS_MAX", 0.4)
+    bench = Bench(gateway)
+    bench.unavailable = many = 10**9
+    async with bench.running() as stopping:
+        bench.worker.offer([work_on(a_payment(), lease_ends=monotonic() + LEASE_SECONDS)])
+        await eventually(lambda: bench.unavailable < many)
+        stopping.set()
+        await asyncio.sleep(0.5)
+        tries = many - bench.unavailable
+        bench.unavailable = 0
+
+    assert tries < 50
+    assert isinstance(bench.answers[0].outcome, Captured)
+
+
 async def test_a_worker_that_does_not_run_takes_nothing_on(gateway: FaultyGateway) -> None:
     """So that no transaction takes work for nobody."""
     bench = Bench(gateway)
     assert bench.worker.room == 0
 
-    async with bench.running():
+    async with bench.running() as stopping:
         assert bench.worker.room > 0
-
-    assert bench.worker.room == 0
+        stopping.set()
+        assert bench.worker.room == 0, "what it gives back would be its own again"
 
 
 async def test_what_is_in_hand_takes_room(gateway: FaultyGateway) -> None:
