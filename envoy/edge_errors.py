@@ -21,7 +21,8 @@ checks run every second."""
 class EdgeError:
     """How Envoy's own refusals look: as the services' do, over REST and gRPC alike.
 
-    The first error whose `statuses` or `flags` fit, and `authenticated` too, is taken.
+    The first error whose `statuses` or `flags` fit, and `path` and `authenticated` too,
+    is taken.
     """
 
     reason: str
@@ -36,6 +37,8 @@ class EdgeError:
     """Envoy's own HTTP status, lowest and highest."""
     flags: tuple[str, ...] = ()
     """Envoy's response flags, as access logs print them."""
+    path: str = ""
+    """A regular expression that the path with its query has to match as well."""
     authenticated: bool | None = None
     """Whether the caller's token was accepted before; None where it makes no difference."""
     keeps_message: bool = False
@@ -81,8 +84,13 @@ class EdgeError:
         return details
 
 
-def edge_errors(limits: Limits) -> tuple[EdgeError, ...]:
-    """Envoy's own refusals, the more particular ones first."""
+def edge_errors(limits: Limits, query_over_path: str) -> tuple[EdgeError, ...]:
+    """Envoy's own refusals, the more particular ones first.
+
+    Args:
+        limits: How much a caller may send.
+        query_over_path: Matches paths whose query names what the path says.
+    """
     return (
         EdgeError(
             reason="UNAUTHENTICATED",
@@ -98,6 +106,15 @@ def edge_errors(limits: Limits) -> tuple[EdgeError, ...]:
             http_status=401,
             statuses=(403, 403),
             authenticated=False,
+        ),
+        EdgeError(
+            reason="MALFORMED_REQUEST",
+            message="A query parameter names a field that the path says already.",
+            grpc_code=code_pb2.INVALID_ARGUMENT,
+            # Envoy denies it; it is no question of permission.
+            http_status=400,
+            statuses=(403, 403),
+            path=query_over_path,
         ),
         EdgeError(
             reason="METHOD_DENIED",

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import jinja2
 from edge_errors import RETRY_SECONDS, edge_errors
-from edge_routes import INTERNAL_CALLS, REFLECTION, ROLES, roles_expression, services_in
+from edge_routes import (
+    INTERNAL_CALLS,
+    REFLECTION,
+    ROLES,
+    query_over_path,
+    roles_expression,
+    services_in,
+)
 from edge_settings import Place, Settings, SettingsError
 
 HERE = Path(__file__).resolve().parent
@@ -44,15 +51,18 @@ def render(place: Place, settings: Settings, descriptor: Path) -> str:
     )
     environment.filters["q"] = lambda value: json.dumps(value, ensure_ascii=True)
     environment.filters["seconds"] = lambda value: f"{value:g}s"
+    services = services_in(descriptor)
+    over_path = query_over_path(services)
     return environment.get_template(TEMPLATE.name).render(
         place=place,
         settings=settings,
-        services=services_in(descriptor),
+        services=services,
+        query_over_path=over_path,
         reflection=REFLECTION if settings.reflection else (),
         internal_calls=INTERNAL_CALLS,
         roles=ROLES,
         roles_expression=roles_expression(),
-        errors=edge_errors(settings.limits),
+        errors=edge_errors(settings.limits, over_path),
         retry_seconds=RETRY_SECONDS,
         subjects_per_address=SUBJECTS_PER_ADDRESS,
     )

@@ -5,6 +5,8 @@ What is routed is read from the protos' descriptor set; the tables here say the 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +118,18 @@ def _method_of(service: str, method: descriptor_pb2.MethodDescriptorProto) -> Me
         raise DescriptorError(f"{path} has no REST line")
     is_read = verb == "get" or path in READS_BY_POST
     return Method(path=path, rest=f"{verb.upper()} {getattr(rule, verb)}", is_read=is_read)
+
+
+def query_over_path(services: Iterable[Service]) -> str:
+    """A regular expression for paths whose query names a field that paths hold.
+
+    The transcoder would take the query's value in the path's place.
+    """
+    lines = [method.rest for service in services for method in service.methods]
+    held = {field for line in lines for field in re.findall(r"\{([\w.]+)", line)}
+    # As JSON calls them, too.
+    held |= {re.sub(r"_(\w)", lambda match: match[1].upper(), field) for field in held}
+    return rf".*[?&]({'|'.join(map(re.escape, sorted(held)))})=.*"
 
 
 def roles_expression() -> str:

@@ -14,6 +14,8 @@ import grpc
 import grpc.aio
 import h2.config
 import h2.connection
+import h2.errors
+import h2.events
 import pytest
 
 from ordermesh.order.v1 import order_service_pb2 as order
@@ -53,8 +55,6 @@ def strict_edge(edge: Edge, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.parametrize(("size", "http2"), [(70_000, True), (70_000, False), (1_000_000, False)])
 async def test_a_body_over_64_kib_is_refused(edge: Edge, size: int, http2: bool) -> None:
     """413 over REST, INVALID_ARGUMENT over gRPC; trying again would not help."""
-    # Of a much larger body over HTTP/2, the answer comes with a reset of the stream, which
-    # httpx takes for the end before it has read the answer.
     async with edge.client(http2=http2) as client, edge.channel() as channel:
         answer = await client.post(ORDERS, json={"paymentMethod": "x" * size})
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -66,6 +66,40 @@ async def test_a_body_over_64_kib_is_refused(edge: Edge, size: int, http2: bool)
     assert reason_of(answer.json()) == "REQUEST_TOO_LARGE"
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert reason_over_grpc(caught.value) == "REQUEST_TOO_LARGE"
+
+
+async def test_a_much_larger_body_over_http2_is_answered_before_it_is_reset(edge: Edge) -> None:
+    """The 413 comes whole, then NO_ERROR: stop sending. Some clients throw the answer away."""
+    context = ssl.create_default_context(cafile=str(edge.certificates.ca))
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection("localhost", edge.port, ssl=context)
+    client = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
+    client.initiate_connection()
+    head = [
+        (":method", "POST"),
+        (":scheme", "https"),
+        (":authority", "localhost"),
+        (":path", ORDERS),
+        ("authorization", f"Bearer {edge.token()}"),
+        ("content-type", "application/json"),
+        ("content-length", "1000000"),
+    ]
+    client.send_headers(1, head)
+    seen: list[h2.events.Event] = []
+    try:
+        async with asyncio.timeout(15):
+            while not any(isinstance(event, h2.events.StreamReset) for event in seen):
+                while (room := min(client.local_flow_control_window(1), 16_384)) > 0:
+                    client.send_data(1, b"x" * room)
+                writer.write(client.data_to_send())
+                seen += client.receive_data(await reader.read(65_536))
+    finally:
+        writer.close()
+    answered = [event for event in seen if isinstance(event, h2.events.ResponseReceived)]
+    assert (b":status", b"413") in answered[0].headers
+    assert [type(event) for event in seen[-2:]] == [h2.events.StreamEnded, h2.events.StreamReset]
+    assert isinstance(seen[-1], h2.events.StreamReset)
+    assert seen[-1].error_code == h2.errors.ErrorCodes.NO_ERROR
 
 
 async def test_a_body_just_under_64_kib_passes(edge: Edge) -> None:

@@ -191,6 +191,37 @@ async def test_what_cannot_be_read_is_answered_400_and_says_where(
     assert told_of in answer.json()["message"]
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", f"{ORDER}?name=merchants/acme/orders/1"),
+        ("GET", f"{ORDER}?name="),
+        ("GET", f"{ORDERS}?pageSize=1&parent=merchants/acme"),
+        ("POST", f"{ORDERS}?parent=merchants/acme"),
+        ("POST", f"{ORDER}:cancel?name=merchants/acme/orders/1"),
+    ],
+)
+async def test_a_query_that_says_what_the_path_says_is_refused(
+    edge: Edge, method: str, path: str
+) -> None:
+    """The transcoder would take the query's value, and the access log would show the path's."""
+    async with edge.client() as client:
+        answer = await client.request(method, path, json={} if method == "POST" else None)
+    assert answer.status_code == 400
+    assert answer.json()["code"] == 3
+    assert reason_of(answer.json()) == "MALFORMED_REQUEST"
+    assert "path" in answer.json()["message"]
+
+
+async def test_a_query_may_say_a_name_inside_a_filter(edge: Edge) -> None:
+    """Only the parameter's own name counts, not what its value holds."""
+    async with edge.client() as client:
+        payments = "/v1/merchants/default/payments"
+        answer = await client.get(payments, params={"filter": "name=1&parent=2"})
+        raw = await client.get(f"{payments}?filter=name=1")
+    assert (answer.status_code, raw.status_code) == (200, 200)
+
+
 async def test_an_unknown_field_in_a_body_is_dropped_in_silence(edge: Edge) -> None:
     """Envoy has no way to refuse it; that it is so is written down, and seen here."""
     async with edge.client() as client:
