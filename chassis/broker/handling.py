@@ -328,15 +328,22 @@ async def beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Runs coroutines beside the block and ends them with it.
 
     Unlike a task group it lets the block's own exception out as it is; the coroutines report
-    their troubles by other means than raising.
+    their troubles by other means than raising, and if one raises all the same, that is logged.
     """
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    for task in tasks:
+        task.add_done_callback(_log_failure)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("beside.failed", exc_info=error)
 
 
 async def forward(source: asyncio.Event, target: asyncio.Event) -> None:

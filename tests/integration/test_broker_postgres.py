@@ -9,12 +9,21 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import asyncpg
 import pytest
 import pytest_asyncio
 
-from chassis.broker import Broker, ConsumerStuckError, Delivery, PublishOutcome, Verdict, connect
+from chassis.broker import (
+    Broker,
+    ConsumerStuckError,
+    Delivery,
+    PublishOutcome,
+    Subscription,
+    Verdict,
+    connect,
+)
 from meshctl.servers import Postgres
 from meshctl.servers.throwaway import Throwaway, throwaway
 from tests.eventually import eventually
@@ -26,6 +35,11 @@ from tests.suites.broker import (
     Recorder,
     ServerBrokerSuite,
     consuming,
+)
+
+_MESSAGES = (
+    "FROM mesh_broker.message WHERE queue_id ="
+    " (SELECT id FROM mesh_broker.queue WHERE consumer = $1)"
 )
 
 
@@ -143,32 +157,66 @@ class TestPostgresBroker(ServerBrokerSuite):
         subscription = names.subscription()
         await broker.declare([subscription])
         await broker.publish(names.messages(3))
-        slow, other = Recorder(), Recorder()
+        slow, other, may_end = Recorder(), Recorder(), asyncio.Event()
 
         async def handle(deliveries: Sequence[Delivery]) -> Sequence[Verdict]:
-            await asyncio.sleep(LIMITS.lease_seconds * 3)  # longer than the lease: the point
+            await may_end.wait()
             return await slow(deliveries)
 
-        async with consuming(broker, subscription, handle):
-            await eventually(lambda: self._all_leased(server, subscription.consumer))
-            async with (
-                connect(server.url, name="other", limits=LIMITS) as second,
-                consuming(second, subscription, other),
-            ):
-                await eventually(lambda: len(slow.numbers) == 3)
+        async with (
+            session(server) as observer,
+            consuming(broker, subscription, handle),
+            connect(server.url, name="other", limits=LIMITS) as second,
+        ):
+            await self._renewed(observer, subscription, times=0)
+            async with consuming(second, subscription, other):
+                await self._renewed(observer, subscription, times=3)
+                may_end.set()
+                await eventually(lambda: slow.numbers == [0, 1, 2])
         assert other.numbers == []
-        assert slow.numbers == [0, 1, 2]
+
+    async def test_a_renewal_that_fails_once_is_not_the_last(
+        self, server: Throwaway[Postgres], broker: Broker, names: Names
+    ) -> None:
+        """A statement that the server ends leaves the session, and the claim, in use."""
+        subscription = names.subscription()
+        await broker.declare([subscription])
+        await broker.publish(names.messages(1))
+        slow, may_end = Recorder(), asyncio.Event()
+
+        async def handle(deliveries: Sequence[Delivery]) -> Sequence[Verdict]:
+            await may_end.wait()
+            return await slow(deliveries)
+
+        async with session(server) as observer, consuming(broker, subscription, handle):
+            await self._renewed(observer, subscription, times=0)
+            async with observer.transaction():
+                await observer.execute(f"SELECT id {_MESSAGES} FOR UPDATE", subscription.consumer)
+                # The renewal is waiting for the row when its statement is ended.
+                cancelled = await eventually(
+                    lambda: observer.fetchval(
+                        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+                        " WHERE application_name = 'suite consume' AND wait_event_type = 'Lock'"
+                    )
+                )
+            assert cancelled
+            await self._renewed(observer, subscription, times=2)
+            may_end.set()
+            await eventually(lambda: slow.numbers == [0])
+        assert [delivery.delivery_count for delivery in slow.deliveries] == [0]
 
     @staticmethod
-    async def _all_leased(server: Throwaway[Postgres], consumer: str) -> bool:
-        async with session(server) as connection:
-            return bool(
-                await connection.fetchval(
-                    "SELECT bool_and(leased_until > now()) FROM mesh_broker.message AS m"
-                    " JOIN mesh_broker.queue AS q ON q.id = m.queue_id WHERE q.consumer = $1",
-                    consumer,
-                )
-            )
+    async def _renewed(
+        observer: asyncpg.Connection[asyncpg.Record], subscription: Subscription, *, times: int
+    ) -> None:
+        """Waits for a claim, and until it has lasted for so many leases more."""
+        until = f"SELECT min(leased_until) FILTER (WHERE leased_until > now()) {_MESSAGES}"
+        lease = timedelta(seconds=LIMITS.lease_seconds)
+        claimed = await eventually(lambda: observer.fetchval(until, subscription.consumer))
+        await eventually(
+            lambda: observer.fetchval(until, subscription.consumer),
+            until=lambda now: now and now - claimed >= times * lease,
+        )
 
     async def test_sessions_that_are_ended_again_and_again_lose_nothing(
         self, server: Throwaway[Postgres], broker: Broker, names: Names

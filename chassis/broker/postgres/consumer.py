@@ -235,9 +235,9 @@ class Consumer:
                         self._limits.lease_seconds,
                     )
             except TROUBLE as error:
-                # The consumer itself meets the broken connection as soon as it uses it.
+                # The statement may have failed alone, so the next one is tried. If it is the
+                # connection, the consumer itself meets that as soon as it uses it.
                 _log.warning("lease.not_renewed", reason=f"{type(error).__name__}: {error}")
-                return
 
 
 def _id_of(row: Row) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from uuid import UUID
 
 import pytest
+import structlog.testing
 
 from chassis.broker import (
     DELIVERY_LIMIT_EXCEEDED,
@@ -14,8 +16,18 @@ from chassis.broker import (
     Limits,
     Message,
     Subscription,
+    Verdict,
 )
-from chassis.broker.handling import Bury, Handling, Recovery, bury, handed_over_together
+from chassis.broker.handling import (
+    Bury,
+    Handling,
+    Recovery,
+    SetAside,
+    beside,
+    bury,
+    handed_over_together,
+)
+from tests.eventually import eventually
 from tests.suites.broker import Recorder
 
 
@@ -46,6 +58,34 @@ async def test_a_message_that_was_taken_too_often_is_buried_without_being_handle
     assert isinstance(disposal, Bury)
     assert disposal.error_class == DELIVERY_LIMIT_EXCEEDED
     assert len(recorder.calls) == 1
+
+
+async def test_three_failures_in_a_row_end_the_replay_of_a_failed_batch() -> None:
+    """By then it is not the messages that are bad: the rest is retried without being tried."""
+    sizes: list[int] = []
+
+    async def fails(deliveries: Sequence[Delivery]) -> Sequence[Verdict]:
+        sizes.append(len(deliveries))
+        raise ConnectionError("the database is away")
+
+    handling = Handling("consumer", fails, Limits())
+    disposals = await handling.dispose([a_delivery() for _ in range(10)])
+    assert sizes == [10, 1, 1, 1]
+    assert disposals == [SetAside(0)] * 10
+
+
+async def test_what_runs_beside_a_block_does_not_fail_without_a_word() -> None:
+    """A watchdog that broke would otherwise be missed only when it is needed."""
+
+    async def fails() -> None:
+        raise LookupError("a mistake of ours")
+
+    with structlog.testing.capture_logs() as logs:
+        async with beside(fails()):
+            await eventually(lambda: logs)
+    [line] = logs
+    assert line["event"] == "beside.failed"
+    assert isinstance(line["exc_info"], LookupError)
 
 
 def test_the_texts_of_a_dead_letter_fit_into_every_broker() -> None:
