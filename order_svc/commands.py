@@ -167,7 +167,8 @@ class CreateOrderHandler:
             # A repeat must not depend on the exchange rates being there.
             if (answer := await self._store.replay(command.request)) is not None:
                 return answer
-            command.basket.total()  # bad input is told before anyone is asked for a rate
+            # Bad input is told before anyone is asked for a rate.
+            command.basket.agreed_total(command.expected_total)
             rate = await self._rates.rate(command.basket.currency_code, settlement_currency)
         order = Order.place(
             merchant=command.merchant,

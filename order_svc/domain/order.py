@@ -192,7 +192,34 @@ class Basket:
             raise _out_of_range(at_fault, "leaves nothing to pay; the total must be positive")
         return total
 
+    def agreed_total(self, expected: Money | None) -> Money:
+        """The total, which must be the expected one where the caller expects one.
+
+        Raises:
+            InvalidInputError: As `total`; or another currency is expected.
+            RuleViolationError: The basket adds up to something else.
+        """
+        total = self.total()
+        if expected is None or expected == total:
+            return total
+        self._check_currency(expected, "expected_total")
+        raise RuleViolationError(
+            "TOTAL_MISMATCH",
+            f"the order adds up to {total}, not to {expected}",
+            metadata={
+                "field": "expected_total",
+                "expected": str(expected.minor_units),
+                "computed": str(total.minor_units),
+                "currency_code": total.currency_code,
+            },
+        )
+
     def _check_amount(self, amount: Money, path: str) -> None:
+        self._check_currency(amount, path)
+        if amount.minor_units < 0:
+            raise _out_of_range(f"{path}.minor_units", "is negative")
+
+    def _check_currency(self, amount: Money, path: str) -> None:
         if amount.currency_code != self.currency_code:
             raise InvalidInputError.of_field(
                 "CURRENCY_MISMATCH",
@@ -201,8 +228,6 @@ class Basket:
                 expected=self.currency_code,
                 given=amount.currency_code,
             )
-        if amount.minor_units < 0:
-            raise _out_of_range(f"{path}.minor_units", "is negative")
 
 
 def _out_of_range(path: str, description: str) -> InvalidInputError:
@@ -254,22 +279,11 @@ class Order:
         """Places an order: AWAITING_PAYMENT, version 1.
 
         Raises:
-            InvalidInputError: The basket does not add up (see `Basket.total`), or to more
-                than the settlement currency can hold.
+            InvalidInputError: The basket does not add up (see `Basket.agreed_total`), or to
+                more than the settlement currency can hold, or to less than it can count.
             RuleViolationError: It adds up to something else than was expected.
         """
-        total = basket.total()
-        if expected_total is not None and expected_total != total:
-            raise RuleViolationError(
-                "TOTAL_MISMATCH",
-                f"the order adds up to {total}, not to {expected_total}",
-                metadata={
-                    "field": "expected_total",
-                    "expected": str(expected_total.minor_units),
-                    "computed": str(total.minor_units),
-                    "currency_code": total.currency_code,
-                },
-            )
+        total = basket.agreed_total(expected_total)
         settlement = None
         if settlement_rate is not None:
             try:
@@ -278,6 +292,10 @@ class Order:
                 raise _out_of_range(
                     "order.lines", f"the total is too large to settle in {settlement_currency}"
                 ) from None
+            if not amount:
+                raise _out_of_range(
+                    "order.lines", f"the total is too small to settle in {settlement_currency}"
+                )
             settlement = Settlement(amount=amount, rate=settlement_rate)
         return cls(
             merchant=merchant,

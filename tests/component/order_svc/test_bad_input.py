@@ -191,6 +191,16 @@ async def test_another_total_than_expected_is_refused(app: OrderApp) -> None:
     assert (await app.create(request)).total == eur(2500)
 
 
+async def test_a_total_expected_in_another_currency_is_refused(app: OrderApp) -> None:
+    """For its currency: no amount in it would be right."""
+    request = a_create_order_request()
+    request.expected_total.CopyFrom(Money(currency_code="USD", minor_units=2500))
+    refusal = await refused(app.create(request))
+    assert (refusal.code, refusal.reason) == (INVALID, "CURRENCY_MISMATCH")
+    assert refusal.fields == ["expected_total.currency_code"]
+    assert (refusal.metadata["expected"], refusal.metadata["given"]) == ("EUR", "USD")
+
+
 async def test_an_order_that_is_missing_altogether_is_refused(app: OrderApp) -> None:
     """An empty request says what it lacks."""
     request = pb.CreateOrderRequest(

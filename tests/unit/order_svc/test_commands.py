@@ -146,6 +146,9 @@ async def test_bad_input_is_told_before_anyone_is_asked_for_a_rate() -> None:
     with pytest.raises(InvalidInputError) as caught:
         await placing.place(replace(ACME, basket=twice))
     assert caught.value.reason == "DUPLICATE_SKU"
+    with pytest.raises(RuleViolationError) as mismatch:
+        await placing.place(replace(ACME, expected_total=eur(2400)))
+    assert mismatch.value.reason == "TOTAL_MISMATCH"
     assert placing.rates.asked == []
 
 

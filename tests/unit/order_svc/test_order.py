@@ -50,7 +50,7 @@ def test_an_order_is_placed_at_the_expected_total() -> None:
     assert an_order(expected_total=eur(2500)).total == eur(2500)
 
 
-@pytest.mark.parametrize("expected", [eur(2499), eur(2501), Money("USD", 2500)])
+@pytest.mark.parametrize("expected", [eur(2499), eur(2501), eur(-2500)])
 def test_another_total_than_expected_is_refused(expected: Money) -> None:
     """The customer is never charged another amount than the one shown."""
     with pytest.raises(RuleViolationError) as caught:
@@ -61,6 +61,18 @@ def test_another_total_than_expected_is_refused(expected: Money) -> None:
         "expected": str(expected.minor_units),
         "computed": "2500",
         "currency_code": "EUR",
+    }
+
+
+def test_a_total_expected_in_another_currency_is_refused_for_the_currency() -> None:
+    """There is no amount that would be right in it."""
+    with pytest.raises(InvalidInputError) as caught:
+        an_order(expected_total=Money("USD", 2500))
+    assert caught.value.reason == "CURRENCY_MISMATCH"
+    assert caught.value.metadata == {
+        "field": "expected_total.currency_code",
+        "expected": "EUR",
+        "given": "USD",
     }
 
 
@@ -102,6 +114,15 @@ def test_a_total_too_large_to_settle_is_refused() -> None:
     basket = a_basket(a_line(quantity=1, unit_price=eur(MINOR_UNITS_MAX)))
     with pytest.raises(InvalidInputError) as caught:
         an_order(basket=basket, settlement_rate=a_rate("1.2"), settlement_currency="USD")
+    assert caught.value.reason == "AMOUNT_OUT_OF_RANGE"
+    assert caught.value.metadata["field"] == "order.lines"
+
+
+def test_a_total_too_small_to_settle_is_refused() -> None:
+    """No merchant gets nothing for something."""
+    basket = a_basket(a_line(quantity=1, unit_price=eur(1)))
+    with pytest.raises(InvalidInputError) as caught:
+        an_order(basket=basket, settlement_rate=a_rate("0.5"), settlement_currency="USD")
     assert caught.value.reason == "AMOUNT_OUT_OF_RANGE"
     assert caught.value.metadata["field"] == "order.lines"
 
