@@ -25,8 +25,11 @@ so committing the version is sending the command.
 
 Facts may be repeated and may overtake each other on their way. A fact that contradicts
 money known to have moved is a straggler and changes nothing: a failure or a void after
-a capture, a part of a refund after the whole. The last row needs no attention where the
-money is back with the customer, or where the order is COMPLETED and a refund is normal.
+a capture, a part of a refund after the whole, an authorization after the same payment's
+failure or void. One that is no news of the money may still move the order: a capture that
+its refund has overtaken confirms an order whose money stays REFUNDED. The last row needs
+no attention where the money is back with the customer, or where the order is COMPLETED
+and a refund is normal.
 """
 
 from __future__ import annotations
@@ -151,23 +154,17 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
     """AWAITING_PAYMENT and CONFIRMED."""
     waiting = order.state is OrderState.AWAITING_PAYMENT
     match fact:
-        case PaymentAuthorized() if waiting:
+        case PaymentAuthorized() | PaymentCaptured() if waiting:
+            authorized = isinstance(fact, PaymentAuthorized)
+            money = PaymentState.AUTHORIZED if authorized else PaymentState.PAID
             return order.changed(
                 Announcement.CONFIRMED,
                 at=at,
                 state=OrderState.CONFIRMED,
-                payment_state=PaymentState.AUTHORIZED,
+                payment_state=order.payment_state if _was_captured(order) else money,
                 payment=fact.payment,
             )
-        case PaymentCaptured() if waiting:
-            return order.changed(
-                Announcement.CONFIRMED,
-                at=at,
-                state=OrderState.CONFIRMED,
-                payment_state=PaymentState.PAID,
-                payment=fact.payment,
-            )
-        case PaymentFailed() | PaymentVoided() if waiting:
+        case PaymentFailed() | PaymentVoided() if waiting and not _was_captured(order):
             return order.changed(
                 Announcement.FAILED,
                 at=at,
@@ -202,7 +199,7 @@ def _on_money(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
 
 def _on_money_while_cancelling(fact: PaymentFact, order: Order, at: datetime) -> Order | None:
     match fact:
-        case PaymentFailed() | PaymentVoided() if order.payment_state not in _CAPTURED:
+        case PaymentFailed() | PaymentVoided() if not _was_captured(order):
             return _cancelled(order, fact, PaymentState.NONE, at)
         case RefundSucceeded() if fact.payment_state is PaymentState.REFUNDED:
             return _cancelled(order, fact, PaymentState.REFUNDED, at)
@@ -239,7 +236,10 @@ def _on_money_after_the_end(fact: PaymentFact, order: Order, at: datetime) -> Or
                 at,
                 attention=f"money taken after {order.state.name}",
             )
-        case PaymentAuthorized() if not completed and money is PaymentState.NONE:
+        # Of the payment that the order ended with, nothing is reserved any more.
+        case PaymentAuthorized() if (
+            not completed and money is PaymentState.NONE and fact.payment != order.payment
+        ):
             return _recorded(
                 order,
                 fact,
@@ -276,7 +276,13 @@ def _on_money_after_the_end(fact: PaymentFact, order: Order, at: datetime) -> Or
             return None
 
 
-_CAPTURED = frozenset({PaymentState.PAID, PaymentState.PARTIALLY_REFUNDED})
+def _was_captured(order: Order) -> bool:
+    """Whether money is known to have been taken, also where it is back by now."""
+    return order.payment_state in (
+        PaymentState.PAID,
+        PaymentState.PARTIALLY_REFUNDED,
+        PaymentState.REFUNDED,
+    )
 
 
 def _is_news(fact: RefundSucceeded, order: Order) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import permutations
 
 import pytest
 from hypothesis import given
@@ -84,6 +85,15 @@ ROWS = [
     Row(AWAITING, NONE, voided, FAILED, NONE, Announcement.FAILED),
     Row(AWAITING, NONE, cancellation, CANCELLING, NONE, ASKED),
     Row(AWAITING, NONE, refunded, AWAITING, REFUNDED, RECORDED, attention=True),
+    Row(AWAITING, REFUNDED, captured, CONFIRMED, REFUNDED, Announcement.CONFIRMED),
+    Row(
+        AWAITING,
+        PARTIALLY_REFUNDED,
+        authorized,
+        CONFIRMED,
+        PARTIALLY_REFUNDED,
+        Announcement.CONFIRMED,
+    ),
     Row(CONFIRMED, AUTHORIZED, captured, CONFIRMED, PAID, RECORDED),
     Row(CONFIRMED, AUTHORIZED, voided, CONFIRMED, NONE, RECORDED, attention=True),
     Row(CONFIRMED, AUTHORIZED, failed, CONFIRMED, NONE, RECORDED, attention=True),
@@ -131,6 +141,8 @@ def test_a_fact_moves_an_order_as_the_table_says(row: Row) -> None:
 
 
 NOTHING: list[tuple[OrderState, PaymentState, Fact]] = [
+    (AWAITING, REFUNDED, failed),
+    (AWAITING, PARTIALLY_REFUNDED, voided),
     (CONFIRMED, AUTHORIZED, authorized),
     (CONFIRMED, PAID, captured),
     (CONFIRMED, PAID, authorized),
@@ -144,6 +156,7 @@ NOTHING: list[tuple[OrderState, PaymentState, Fact]] = [
     (CANCELLING, PAID, failed),
     (CANCELLING, PAID, voided),
     (CANCELLING, PARTIALLY_REFUNDED, partly_refunded),
+    (CANCELLING, REFUNDED, failed),
     (CANCELLED, NONE, cancellation),
     (CANCELLED, REFUNDED, refunded),
     (CANCELLED, REFUNDED, partly_refunded),
@@ -167,6 +180,16 @@ def test_a_repeat_or_a_straggler_changes_nothing(
 ) -> None:
     """What is known already, or contradicts money that has moved, makes no new version."""
     assert on(fact, an_order_in(state, money), at=NOON) is None
+
+
+@pytest.mark.parametrize("state", [FAILED, CANCELLED], ids=lambda state: state.name)
+def test_a_reservation_told_after_its_end_calls_nobody(state: OrderState) -> None:
+    """The payment that was let go, or failed, holds nothing; another one may."""
+    order = an_order_in(state, NONE, payment=PAYMENT)
+    assert on(authorized, order, at=NOON) is None
+    another = on(PaymentAuthorized(payment="merchants/default/payments/2"), order, at=NOON)
+    assert another is not None
+    assert (another.payment_state, bool(another.attention_reason)) == (AUTHORIZED, True)
 
 
 @pytest.mark.parametrize(
@@ -291,13 +314,39 @@ def test_an_ended_order_never_holds_money_unnoticed(facts: list[Fact]) -> None:
 
 @given(facts=sequences)
 def test_what_is_refunded_stays_refunded(facts: list[Fact]) -> None:
-    """An older, smaller refund that arrives late takes nothing back from the customer."""
+    """Nothing that arrives late takes it back from the customer."""
     order = an_order()
     for fact in facts:
         before = order
         order = applied(fact, order)
         if before.payment_state is REFUNDED:
-            assert order.payment_state is not PARTIALLY_REFUNDED
+            assert order.payment_state is REFUNDED
+
+
+@pytest.mark.parametrize(
+    ("begun", "story"),
+    [
+        (AWAITING, [authorized, captured]),
+        (AWAITING, [authorized, captured, partly_refunded, refunded]),
+        (CANCELLING, [authorized, voided]),
+        (CANCELLING, [authorized, failed]),
+        (CANCELLING, [authorized, captured, refunded]),
+        (CANCELLING, [captured, partly_refunded, refunded]),
+        (CANCELLING, [captured, refund_failed]),
+    ],
+    ids=lambda part: part.name if isinstance(part, OrderState) else len(part),
+)
+def test_facts_that_overtake_each_other_come_to_the_same_end(
+    begun: OrderState, story: list[PaymentFact]
+) -> None:
+    """What a payment reports may be delivered in any order."""
+    ends = set()
+    for order_of_delivery in permutations(story):
+        order = an_order_in(begun)
+        for fact in order_of_delivery:
+            order = applied(fact, order)
+        ends.add((order.state, order.payment_state))
+    assert len(ends) == 1
 
 
 @given(facts=sequences)
