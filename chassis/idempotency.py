@@ -101,8 +101,10 @@ WHERE requests.merchant = n.merchant AND requests.method = n.method
   AND requests.request_id = n.request_id
 """
 
+# Expiry is asked of the row that is deleted, too: a request that is made anew under an
+# expired id may have changed it since it was selected.
 _DROP_EXPIRED = """
-DELETE FROM requests WHERE (merchant, method, request_id) IN (
+DELETE FROM requests WHERE expire_time < now() AND (merchant, method, request_id) IN (
     SELECT merchant, method, request_id FROM requests WHERE expire_time < now() LIMIT 1000)
 """
 

@@ -197,6 +197,20 @@ async def test_an_expired_request_is_a_new_one(database: Database) -> None:
     assert 71.9 < hours <= 72
 
 
+async def test_a_request_made_anew_while_the_sweeper_drops_it_stays(database: Database) -> None:
+    """Else its next repeat would be done a second time."""
+    entry = an_entry()
+    await recorded(database, entry)
+    await expire(database)
+    again = an_entry(b"again", entry.key)
+    async with database.transaction() as connection:
+        assert await record(connection, [again]) == [None]
+        dropping = asyncio.create_task(drop_expired(database))
+        await eventually(lambda: waiting_for_a_lock(database))
+    assert await dropping == 0
+    assert await found(database, entry.key) == Replay(b"again")
+
+
 async def test_expired_requests_are_dropped_and_others_stay(database: Database) -> None:
     """The sweeper says how many."""
     await recorded(database, *(an_entry() for _ in range(5)))
