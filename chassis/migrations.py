@@ -95,6 +95,10 @@ def create_outbox_v1() -> None:
         "CREATE INDEX outbox_unsent ON outbox (aggregate, aggregate_version)"
         " WHERE sent_time IS NULL"
     )
+    op.execute(
+        "CREATE INDEX outbox_waiting ON outbox (create_time)"
+        " WHERE sent_time IS NULL AND park_time IS NULL"
+    )
     op.execute("CREATE INDEX outbox_sent ON outbox (sent_time) WHERE sent_time IS NOT NULL")
 
 

@@ -36,6 +36,7 @@ CONTENT_TYPE = "application/x-protobuf; messageType=ordermesh.common.v1.EventEnv
 HANDOVER_SECONDS = 10
 CLAIM_SECONDS = 30
 ATTEMPTS_MAX = 50
+PARK_HOURS = 24
 BACKOFF_MAX_SECONDS = 60
 RETENTION_DAYS = 7
 
@@ -45,7 +46,7 @@ _PUBLISHED = Counter(
 )
 _UNSENT = Gauge("mesh_outbox_unsent", "Events that wait to be published.")
 _OLDEST = Gauge("mesh_outbox_oldest_unsent_seconds", "Age of the oldest event that waits.")
-_PARKED = Gauge("mesh_outbox_parked", "Events given up after too many attempts; see the runbook.")
+_PARKED = Gauge("mesh_outbox_parked", "Events given up after a day of attempts; see docs/reliability.md.")
 
 
 def outbox_table(metadata: sa.MetaData) -> sa.Table:
@@ -90,6 +91,12 @@ def outbox_table(metadata: sa.MetaData) -> sa.Table:
         table.c.aggregate,
         table.c.aggregate_version,
         postgresql_where=table.c.sent_time.is_(None),
+    )
+    # In the order of the claim, which so reads what it takes and not all that waits.
+    sa.Index(
+        "outbox_waiting",
+        table.c.create_time,
+        postgresql_where=sa.and_(table.c.sent_time.is_(None), table.c.park_time.is_(None)),
     )
     sa.Index("outbox_sent", table.c.sent_time, postgresql_where=table.c.sent_time.is_not(None))
     return table
@@ -139,7 +146,7 @@ UPDATE outbox SET claim = NULL, claimed_until = NULL, attempts = attempts + 1,
     next_attempt_time = now() + make_interval(
         secs => least(power(2, least(attempts, 10)), {BACKOFF_MAX_SECONDS}) * n.jitter),
     park_time = CASE WHEN attempts + 1 >= {ATTEMPTS_MAX}
-                       OR create_time < now() - interval '24 hours' THEN now() END
+                      AND create_time < now() - interval '{PARK_HOURS} hours' THEN now() END
 FROM unnest($1::uuid[], $2::text[], $4::float8[]) AS n(event_id, outcome, jitter)
 WHERE outbox.event_id = n.event_id AND outbox.claim = $3
 """

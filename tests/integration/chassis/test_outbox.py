@@ -17,7 +17,7 @@ from chassis.broker.memory import MemoryBroker, MemoryServer
 from chassis.database import Database
 from chassis.events import Event, EventTypes
 from chassis.ids import new_id
-from chassis.outbox import CONTENT_TYPE, Outbox
+from chassis.outbox import _CLAIM, CONTENT_TYPE, Outbox
 from ordermesh.payment.v1.payment_events_pb2 import PaymentFailed
 from tests.builders import NOON
 from tests.eventually import eventually
@@ -478,7 +478,7 @@ async def test_an_event_that_fails_too_often_is_parked_and_not_deleted(
     outbox = an_outbox(database, broker)
     poison, after, other = an_event("p", 1), an_event("p", 2), an_event("q", 1)
     await staged(outbox, poison)
-    await change(database, "attempts = 49")
+    await change(database, "attempts = 49, create_time = now() - interval '25 hours'")
     await outbox.relay.run_once()
     (row,) = await rows(database, "attempts, park_time")
     assert row["attempts"] == 50
@@ -494,14 +494,33 @@ async def test_an_event_that_fails_too_often_is_parked_and_not_deleted(
     assert broker.event_ids[2:] == [poison.event_id, after.event_id]
 
 
-async def test_an_event_that_fails_for_a_day_is_parked(database: Database) -> None:
-    """However few attempts that were."""
-    outbox = an_outbox(database, Scripted(REFUSED))
+@pytest.mark.parametrize(
+    "tried",
+    ["attempts = 49, create_time = now() - interval '23 hours'",
+     "attempts = 48, create_time = now() - interval '30 hours'"],
+    ids=["often", "long"],
+)  # fmt: skip
+async def test_an_outage_of_the_broker_parks_nothing(database: Database, tried: str) -> None:
+    """Fifty attempts are over in half an hour, and one that waited long may have had few."""
+    outbox = an_outbox(database, Scripted(REFUSED, CONFIRMED))
     await staged(outbox, an_event())
-    await change(database, "create_time = now() - interval '25 hours'")
+    await change(database, tried)
     await outbox.relay.run_once()
-    (row,) = await rows(database, "park_time")
-    assert row["park_time"] is not None
+    await change(database, NOW)
+    await outbox.relay.run_once()
+    (row,) = await rows(database, "sent_time")
+    assert row["sent_time"] is not None
+
+
+async def test_a_claim_reads_what_it_takes_and_not_all_that_waits(database: Database) -> None:
+    """After an outage thousands wait; sorting them for every batch would take for ever."""
+    await staged(an_outbox(database, Scripted()), *(an_event(str(n)) for n in range(3000)))
+    async with database.reading() as connection:
+        await connection.execute("ANALYZE outbox")
+        plan = await connection.fetch(f"EXPLAIN {_CLAIM}", uuid4(), 100)
+    lines = [row[0] for row in plan]
+    assert any("Index Scan using outbox_waiting" in line for line in lines), lines
+    assert not any("Sort" in line for line in lines), lines
 
 
 # --- housekeeping ---------------------------------------------------------------------
