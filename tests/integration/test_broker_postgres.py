@@ -260,6 +260,25 @@ class TestPostgresBroker(ServerBrokerSuite):
         finally:
             os.kill(backend, signal.SIGCONT)
 
+    async def test_a_consumer_whose_session_hangs_consumes_over_another_one(
+        self, server: Throwaway[Postgres], broker: Broker, names: Names
+    ) -> None:
+        """A frozen backend answers nothing and closes nothing: a time limit finds that out."""
+        subscription = names.subscription()
+        recorder = Recorder()
+        async with session(server) as administrator, consuming(broker, subscription, recorder):
+            await eventually(lambda: self._routable(broker, names))
+            await eventually(lambda: recorder.numbers == [0])
+            backend = await administrator.fetchval(
+                "SELECT pid FROM pg_stat_activity WHERE application_name = 'suite consume'"
+            )
+            os.kill(backend, signal.SIGSTOP)
+            try:
+                await broker.publish([names.message(1)])
+                await eventually(lambda: 1 in recorder.numbers, 30)
+            finally:
+                os.kill(backend, signal.SIGCONT)
+
     async def test_a_value_that_no_row_can_hold_is_refused_alone(
         self, broker: Broker, names: Names
     ) -> None:
