@@ -87,15 +87,18 @@ ON CONFLICT DO NOTHING
 RETURNING notification_id, create_time, claim IS NOT NULL AS claimed
 """
 
+# As a subquery of the update, `due` may be run anew for each row that it is compared with,
+# and each time find further rows that are not claimed yet: more than the limit altogether.
 _CLAIM = """
-WITH claimed AS (
-    UPDATE notifications SET state = 'SENDING', attempts = attempts + 1, claim = $1,
-                             due_time = now() + make_interval(secs => $3)
-    WHERE (merchant, notification_id) IN (
-        SELECT merchant, notification_id FROM notifications
-        WHERE state IN ('QUEUED', 'SENDING', 'RETRYING') AND due_time <= now()
-        ORDER BY due_time LIMIT $2 FOR UPDATE SKIP LOCKED)
-    RETURNING *
+WITH due AS MATERIALIZED (
+    SELECT merchant, notification_id FROM notifications
+    WHERE state IN ('QUEUED', 'SENDING', 'RETRYING') AND due_time <= now()
+    ORDER BY due_time LIMIT $2 FOR UPDATE SKIP LOCKED
+), claimed AS (
+    UPDATE notifications AS n SET state = 'SENDING', attempts = attempts + 1, claim = $1,
+                                  due_time = now() + make_interval(secs => $3)
+    FROM due WHERE n.merchant = due.merchant AND n.notification_id = due.notification_id
+    RETURNING n.*
 )
 SELECT c.*, r.order_id IS NOT NULL AS known, r.email, r.customer_id, r.locale AS asked_locale,
        r.client_order_ref, r.currency_code AS total_currency_code, r.total_minor_units,

@@ -312,6 +312,22 @@ async def test_concurrent_claims_share_without_overlapping(store: PostgresNotifi
     assert len(ids) == len(set(ids)) == 40
 
 
+async def test_no_more_is_claimed_than_asked_for_by_any_plan(own_database_url: str) -> None:
+    """PostgreSQL joins as its statistics tell it to; a process has only so many hands."""
+    async with (
+        Database.opened(own_database_url, application_name="test") as database,
+        database.reading() as connection,
+    ):
+        name = await connection.fetchval("SELECT current_database()")
+        for way in ("hashagg", "hashjoin", "mergejoin", "material", "sort"):
+            await connection.execute(f'ALTER DATABASE "{name}" SET enable_{way} = off')
+    async with Database.opened(own_database_url, application_name="test") as database:
+        store = PostgresNotifications(database, new_id=new_id)
+        recipient = await introduced(store)
+        await store.record([], [a_news(recipient, Occasion.PAID) for _ in range(40)], compose)
+        assert len(await store.claim(10, lease_seconds=LEASE_SECONDS)) == 10
+
+
 async def test_a_claim_whose_holder_died_is_taken_over(
     database: Database, store: PostgresNotifications
 ) -> None:
