@@ -155,8 +155,8 @@ class Database:
         No network call to anyone but the database belongs inside the block.
 
         Raises:
-            ConflictError: A lock was not had in time, or the server chose this
-                transaction as the victim of a deadlock.
+            ConflictError: A lock was not had in time, the server chose this transaction
+                as the victim of a deadlock, or a migration came in between.
             OverloadedError: No connection came free within 250 ms.
             UnavailableError: The server is away or was too slow. When this comes
                 out of the commit, whether it took effect is unknown.
@@ -226,6 +226,8 @@ def _in_our_terms() -> Iterator[None]:
         asyncpg.LockNotAvailableError,
         asyncpg.DeadlockDetectedError,
         asyncpg.SerializationError,
+        # A migration changed what the statement reads; the next try prepares it anew.
+        asyncpg.InvalidCachedStatementError,
     ) as error:
         raise ConflictError(
             "CONCURRENT_CHANGE",

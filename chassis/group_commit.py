@@ -95,8 +95,8 @@ class GroupCommit(Generic[J, R]):
             results = await self._flush([job for job, _ in batch])
             if len(results) != len(batch):
                 raise ValueError(f"{len(results)} answers to {len(batch)} jobs")
-        except UnavailableError as error:
-            # Running each job alone would only wait for the same outage again.
+        except (UnavailableError, OverloadedError) as error:
+            # Each job alone would only wait for the same outage, or connection, again.
             for _, done in batch:
                 _fail(done, error)
         except Exception as error:  # noqa: BLE001 - each job hears of its own

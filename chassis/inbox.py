@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import UUID as PgUuid
 from chassis.broker import Ack, Broker, DeadLetter, Delivery, Retry, Subscription, Verdict
 from chassis.context import Cause, entered
 from chassis.database import AnyConnection, Database
-from chassis.errors import ConflictError, ServiceError, UnavailableError
+from chassis.errors import ConflictError, OverloadedError, ServiceError, UnavailableError
 from chassis.events import Event, EventTypes
 
 RETENTION_DAYS = 14
@@ -158,8 +158,9 @@ class EventConsumer:
         try:
             with entered(events[0][1].context), self._span([event for _, event in events]):
                 await self._with_retries([event for _, event in events])
-        except UnavailableError as error:
-            # One by one they would meet the same outage again.
+        except (UnavailableError, OverloadedError) as error:
+            # One by one they would only meet the same outage again, or the same crowd.
+            _EVENTS.labels(consumer, "retried").inc(len(events))
             _log.warning("events.retried", consumer=consumer, reason=error.reason)
             return {position: Retry(error.reason) for position, _ in events}
         except Exception as error:  # noqa: BLE001 - the broker's verdict says what becomes of it

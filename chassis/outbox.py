@@ -46,7 +46,9 @@ _PUBLISHED = Counter(
 )
 _UNSENT = Gauge("mesh_outbox_unsent", "Events that wait to be published.")
 _OLDEST = Gauge("mesh_outbox_oldest_unsent_seconds", "Age of the oldest event that waits.")
-_PARKED = Gauge("mesh_outbox_parked", "Events given up after a day of attempts; see docs/reliability.md.")
+_PARKED = Gauge(
+    "mesh_outbox_parked", "Events given up after a day of attempts, until a person acts."
+)
 
 
 def outbox_table(metadata: sa.MetaData) -> sa.Table:

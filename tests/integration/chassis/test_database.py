@@ -140,6 +140,28 @@ async def test_the_victim_of_a_deadlock_has_a_conflict(database: Database) -> No
     assert sorted(type(outcome).__name__ for outcome in done) == ["ConflictError", "NoneType"]
 
 
+async def test_a_migration_beneath_a_running_process_is_a_conflict(
+    database: Database, database_url: str
+) -> None:
+    """What the process had prepared is of the old schema; the next try finds the new one."""
+
+    async def read() -> list[dict[str, Any]]:
+        async with database.transaction() as connection:
+            return [dict(row) for row in await connection.fetch("SELECT * FROM changing")]
+
+    migrating = await asyncpg.connect(database_url)
+    try:
+        await migrating.execute("CREATE TABLE changing AS SELECT 1 AS old")
+        assert await read() == [{"old": 1}]
+        await migrating.execute("ALTER TABLE changing ADD COLUMN new integer DEFAULT 2")
+        with pytest.raises(ConflictError):
+            await read()
+        assert await read() == [{"old": 1, "new": 2}]
+    finally:
+        await migrating.execute("DROP TABLE changing")
+        await migrating.close()
+
+
 async def test_a_statement_that_takes_too_long_is_an_outage(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,9 +133,17 @@ async def test_an_accident_of_ours_is_tried_again_later() -> None:
     assert verdict == Retry("ZeroDivisionError: by zero")
 
 
-async def test_an_outage_is_not_met_again_by_each_event_alone() -> None:
+@pytest.mark.parametrize(
+    "outage",
+    [
+        UnavailableError("DEPENDENCY_UNAVAILABLE", "the database is away"),
+        OverloadedError("OVERLOADED", "every database connection is in use"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_an_outage_is_not_met_again_by_each_event_alone(outage: Exception) -> None:
     """All of the batch waits."""
-    handler = Handler(b=UnavailableError("DEPENDENCY_UNAVAILABLE", "the database is away"))
+    handler = Handler(b=outage)
     verdicts = await settled(handler, *map(a_delivery, "abc"))
     assert [type(verdict) for verdict in verdicts] == [Retry] * 3
     assert handler.calls == [["a", "b", "c"]]

@@ -101,11 +101,18 @@ async def test_a_bad_job_does_not_fail_its_neighbours(
     assert flushes.batches == [["a", "b", "c"], ["a"], ["b"], ["c"]]
 
 
+@pytest.mark.parametrize(
+    "outage",
+    [
+        UnavailableError("DEPENDENCY_UNAVAILABLE", "the database is away"),
+        OverloadedError("OVERLOADED", "every database connection is in use"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 async def test_an_outage_fails_a_batch_as_a_whole(
-    commit: GroupCommit[str, str], flushes: Flushes
+    commit: GroupCommit[str, str], flushes: Flushes, outage: Exception
 ) -> None:
-    """Each job alone would only wait for the same outage again."""
-    outage = UnavailableError("DEPENDENCY_UNAVAILABLE", "the database is away")
+    """Each job alone would only wait for the same outage, or connection, again."""
     flushes.failing = {"b": outage}
     assert await all_of(submitted(commit, "a", "b", "c")) == [outage] * 3
     assert flushes.batches == [["a", "b", "c"]]
