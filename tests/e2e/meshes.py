@@ -129,7 +129,7 @@ class Mesh:
         """Ends it, and answers those of its processes that run still."""
         running = self.processes()
         self.run("down", within_seconds=DOWN_SECONDS_MAX)
-        _, alive = psutil.wait_procs(running, timeout=1)
+        _, alive = psutil.wait_procs(running, timeout=5)
         return [*(p for p in alive if p.status() != psutil.STATUS_ZOMBIE), *self.processes()]
 
     def kill_leftovers(self) -> None:
