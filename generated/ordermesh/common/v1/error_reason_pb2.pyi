@@ -119,8 +119,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
         {"reason": "METHOD_DENIED", "domain": "ordermesh", "metadata": {}}
     """
     ERROR_REASON_MALFORMED_REQUEST: _ErrorReason.ValueType  # 17
-    """The edge's: JSON, query, path or headers cannot be read; the message says
-    where. A service's: the bytes over gRPC are no message of the method's.
+    """The edge's: JSON, query, path or headers cannot be read (the message says
+    where), or the query names what the path names already. A service's: the
+    bytes over gRPC are no message of the method's.
     INVALID_ARGUMENT (400). Example:
         {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
     """
@@ -238,8 +239,9 @@ may call it. PERMISSION_DENIED (403). Example:
     {"reason": "METHOD_DENIED", "domain": "ordermesh", "metadata": {}}
 """
 ERROR_REASON_MALFORMED_REQUEST: ErrorReason.ValueType  # 17
-"""The edge's: JSON, query, path or headers cannot be read; the message says
-where. A service's: the bytes over gRPC are no message of the method's.
+"""The edge's: JSON, query, path or headers cannot be read (the message says
+where), or the query names what the path names already. A service's: the
+bytes over gRPC are no message of the method's.
 INVALID_ARGUMENT (400). Example:
     {"reason": "MALFORMED_REQUEST", "domain": "ordermesh", "metadata": {}}
 """
