@@ -295,7 +295,7 @@ async def test_each_merchants_mail_is_their_own(service: Service) -> None:
     await service.publish(order_created(order), order_confirmed(order))
     await has_come_to(service, order, {"order_confirmed": SENT, "merchant_order_confirmed": SENT})
     (mail,) = service.mails_to("orders@acme.example")
-    assert mail.subject == "Neue Bestellung 4711: 25,00 €"
+    assert mail.subject == "Neue Bestellung 4711: 25,00\xa0€"
 
 
 async def test_the_same_runs_over_postgresql(
