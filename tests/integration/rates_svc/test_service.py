@@ -397,7 +397,7 @@ async def test_the_shipped_history_answers_without_any_file(tmp_path: Path) -> N
 
 
 async def test_a_signal_ends_the_service_in_order(tmp_path: Path) -> None:
-    """SIGTERM: health says so, the port closes, the exit code is 0."""
+    """Told to stop, it leaves by itself and says that all was well."""
     async with a_service(tmp_path) as service:
         service.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(service.process.wait(), 10) == 0
