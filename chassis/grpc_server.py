@@ -50,6 +50,9 @@ from chassis.settings import ServiceSettings
 DOMAIN = "ordermesh"
 RECEIVE_BYTES_MAX = 1024 * 1024
 METADATA_BYTES_MAX = 8 * 1024
+# Violations travel in the trailers; gRPC's clients refuse trailers over 8 to 16 KiB.
+VIOLATIONS_MAX = 20
+_SUBSCRIPT_CHARACTERS_MAX = 64
 _log = structlog.get_logger("grpc")
 _SECONDS = Histogram(
     "mesh_grpc_server_seconds",
@@ -342,7 +345,7 @@ def _check_fields(request: ProtoMessage) -> None:
         return
     found = [
         FieldViolation(_path_of(violation), violation.proto.message or "is not valid")
-        for violation in violations
+        for violation in violations[:VIOLATIONS_MAX]
     ]
     raise InvalidInputError(
         "INVALID_FIELD",
@@ -360,7 +363,10 @@ def _path_of(violation: Violation) -> str:
         subscript = element.subscript
         if subscript is not None:
             value = getattr(subscript, "value", subscript)
-            path += f'["{value}"]' if isinstance(value, str) else f"[{value}]"
+            if isinstance(value, str):
+                path += f'["{value[:_SUBSCRIPT_CHARACTERS_MAX]}"]'
+            else:
+                path += f"[{value}]"
     return path
 
 

@@ -341,6 +341,19 @@ async def test_a_field_that_breaks_its_rule_is_named(mesh: Running, case: str) -
     assert mesh.servicer.requests == []
 
 
+async def test_of_countless_faults_the_first_are_named(mesh: Running) -> None:
+    """All of them would make trailers longer than clients take: they would see another error."""
+    lines = [a_line_message(f"S-{n}", quantity=0, currency_code="euro") for n in range(100)]
+    labels = {f"{n} {'NO LABEL ' * 400}": "x" for n in range(32)}
+    for request in (
+        a_create_order_request(lines=lines),
+        a_create_order_request(labels=labels),
+    ):
+        refusal = await refused(mesh.create(request))
+        assert (refusal.code, refusal.reason) == (INVALID_ARGUMENT, "INVALID_FIELD")
+        assert len(refusal.fields) == 20
+
+
 async def test_bytes_that_are_no_message_are_refused(mesh: Running) -> None:
     """The caller's mistake, told as one."""
     get: Any = mesh.channel.unary_unary(f"/{ORDERS}/GetOrder")
