@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import click
 
@@ -26,6 +26,8 @@ from meshctl.session import (
 )
 from meshctl.state import NotRunningError
 
+_STOPPED: dict[str, Any] = {"state": "stopped", "url": None, "processes": []}
+"""A mesh that is down, as `meshctl status --json` shows it."""
 _TOKEN_LIFETIME_MAX = 24 * 3600
 """The embedded edge refuses tokens that live longer."""
 
@@ -59,6 +61,7 @@ def cli(ctx: click.Context) -> None:
     )
 )
 @state_option
+@json_option
 @click.option("--detach", is_flag=True, help="Return once it is up; meshctl down ends it.")
 @click.option(
     "--broker",
@@ -117,11 +120,11 @@ def up(
         with shared.console.busy("starting the mesh"):
             url = running.start_detached(shared.state, options, shared.console)
         shared.console.say(f"the mesh is up at {url}", "good")
-        shared.console.result(running.sample_lines(shared.state, url))
+        running.show_up(shared.state, url, shared.console, as_json=shared.json)
         ending = f"{running.program('meshctl')} down --state {shlex.quote(str(shared.state.path))}"
         shared.console.note(f"{ending} ends it.")
     else:
-        running.run_in_foreground(shared.state, options, shared.console)
+        running.run_in_foreground(shared.state, options, shared.console, as_json=shared.json)
 
 
 @cli.command(
@@ -131,6 +134,7 @@ def up(
     )
 )
 @state_option
+@json_option
 def down() -> None:
     """Ends the mesh of a state folder, and waits until it is gone; its orders are kept."""
     from meshctl import up as running
@@ -139,6 +143,8 @@ def down() -> None:
     with shared.console.busy("stopping the mesh"):
         running.stop(shared.state, shared.console)
     shared.console.say(f"the mesh in {shared.state.path} is down", "good")
+    if shared.json:
+        shared.console.json(_STOPPED)
 
 
 @cli.command(
@@ -157,13 +163,14 @@ def status() -> None:
     except NotRunningError as error:
         if not shared.json:
             raise
-        shared.console.json({"state": "stopped", "url": None, "processes": []})
+        shared.console.json(_STOPPED)
         raise click.exceptions.Exit(error.exit_code) from error
     if shared.json:
         from dataclasses import asdict
 
         shown = asdict(run)
         # Passwords are for the state folder, not for whatever reads this.
+        del shown["supervisor_started"]
         shown["broker_url"] = _without_password(run.broker_url)
         shown["state_folder"] = str(shared.state.path)
         shared.console.json(shown)
@@ -221,6 +228,7 @@ def env(merchant: str) -> None:
     )
 )
 @state_option
+@json_option
 @click.option("--merchant", metavar="ID", default="default", show_default=True)
 @click.option(
     "--role",
@@ -246,14 +254,16 @@ def token(merchant: str, roles: tuple[str, ...], subject: str, lifetime: int) ->
     shared = session()
     if not shared.state.exists():
         shared.state.running()  # says what to do
-    shared.console.result(
-        shared.state.token_key.token(
-            merchant=merchant,
-            roles=roles,
-            subject=subject,
-            lifetime=dt.timedelta(seconds=lifetime),
-        )
+    signed = shared.state.token_key.token(
+        merchant=merchant,
+        roles=roles,
+        subject=subject,
+        lifetime=dt.timedelta(seconds=lifetime),
     )
+    if shared.json:
+        shared.console.json({"token": signed})
+    else:
+        shared.console.result(signed)
 
 
 @cli.command(
@@ -319,7 +329,7 @@ def logs(name: str | None, lines: int, follow: bool) -> None:
         if follow and path.exists():
             opened[stem] = path.open(errors="replace")
             opened[stem].seek(0, os.SEEK_END)
-    while follow:
+    while follow and not shared.console.unheard:
         for stem, file in opened.items():
             for line in file:
                 shared.console.result(

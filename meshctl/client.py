@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import ssl
 import uuid
 from collections.abc import Iterator, Mapping
@@ -77,8 +78,18 @@ class Target:
         return Target(self.url, self.ca, token, self.state)
 
     def tls(self) -> ssl.SSLContext:
-        """Answers a context that trusts the mesh's CA alone, or the system's when none is named."""
-        return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        """Answers a context that trusts the mesh's CA alone, or the system's when none is named.
+
+        Raises:
+            MeshError: The CA's file cannot be read.
+        """
+        try:
+            return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        except OSError as error:
+            raise MeshError(
+                f"cannot read the CA of the mesh in {self.ca}: {error.strerror}",
+                hint='is MESH_CA an old one? eval "$(meshctl env --state DIR)" sets it anew',
+            ) from error
 
 
 def target(option: str | None) -> Target:
@@ -86,7 +97,7 @@ def target(option: str | None) -> Target:
 
     Raises:
         NotRunningError: The state folder's mesh is not up.
-        MeshError: MESH_URL is given without MESH_TOKEN.
+        MeshError: MESH_URL is given without MESH_TOKEN, or is no such URL.
     """
     url, token = os.environ.get("MESH_URL", ""), os.environ.get("MESH_TOKEN", "")
     ca = os.environ.get("MESH_CA", "")
@@ -95,6 +106,11 @@ def target(option: str | None) -> Target:
         if not token:
             raise MeshError(
                 "MESH_URL is set and MESH_TOKEN is not", hint='eval "$(meshctl env --state DIR)"'
+            )
+        if not re.fullmatch(r"https://[^/:@]+(:\d{1,5})?/?", url):
+            raise MeshError(
+                f"MESH_URL is {url!r}, not the URL of an edge",
+                hint="such as https://localhost:8443",
             )
         return Target(url, Path(ca) if ca else None, token, None)
     state = StateFolder.chosen(option)

@@ -31,6 +31,11 @@ class Console:
         self._broken = False
         self._busy: Status | None = None
 
+    @property
+    def unheard(self) -> bool:
+        """Tells whether whoever read what we print has gone, such as `head`."""
+        return self._broken
+
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
         """Shows on a terminal, below everything else, what is being waited for."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from meshctl.credentials import AUDIENCE, ISSUER, write_private
+from meshctl.leftovers import look
 from meshctl.processes import (
     Command,
     MeshError,
@@ -212,6 +213,8 @@ class Mesh:
         self._upstreams: dict[str, list[tuple[str, int]]] = {}
         self._edge: Edge | None = None
         self._started_at = timestamp()
+        us = look(os.getpid())
+        self._process_started = us.started if us else ""
         self._phase = "starting"
         self._supervisor: Supervisor | None = None
 
@@ -235,6 +238,7 @@ class Mesh:
         return RunStatus(
             state=self._phase,
             supervisor_pid=os.getpid(),
+            supervisor_started=self._process_started,
             url=self.url,
             admin_url=f"http://127.0.0.1:{self._admin_port}",
             ca=str(self._state.certificates.ca),

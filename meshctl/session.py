@@ -116,7 +116,7 @@ def merchant_of(name: str, default: str) -> str:
 
 
 class Group(click.Group):
-    """A group whose commands fail with a `MeshError`'s words and exit code."""
+    """A group whose commands fail with words and an exit code, of a `MeshError` or the system."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Answers the commands in the order in which they were written down."""
@@ -126,10 +126,12 @@ class Group(click.Group):
         """Runs the command; an expected failure becomes a message and an exit code."""
         try:
             return super().invoke(ctx)
-        except MeshError as error:
+        except (MeshError, OSError) as error:
+            # The system's own words: a full disk, a file that is not ours.
+            told = error if isinstance(error, MeshError) else MeshError(str(error))
             shared = ctx.ensure_object(Session)
-            shared.console.error(error, as_json=shared.json)
-            raise click.exceptions.Exit(error.exit_code) from error
+            shared.console.error(told, as_json=shared.json)
+            raise click.exceptions.Exit(told.exit_code) from error
 
 
 class Duration(click.ParamType[int]):

@@ -92,6 +92,8 @@ class RunStatus:
     state: str
     """``starting``, ``running`` or ``stopping``."""
     supervisor_pid: int
+    supervisor_started: str
+    """When the kernel says that it started: a reused pid is told apart by it."""
     url: str
     admin_url: str
     ca: str
@@ -201,8 +203,8 @@ class StateFolder:
             self._memory = json.loads(self._memory_file.read_text())
 
     def exists(self) -> bool:
-        """Tells whether a mesh was ever started here."""
-        return self._memory_file.exists()
+        """Tells whether a mesh was ever started here, as far as its keys."""
+        return self.token_key.jwks.exists()
 
     @property
     def id(self) -> str:
@@ -333,7 +335,8 @@ class StateFolder:
 
     def supervisor(self, run: RunStatus) -> Found | None:
         """Answers the supervisor's process, None when it has gone."""
-        return look(run.supervisor_pid)
+        found = look(run.supervisor_pid)
+        return found if found and found.started == run.supervisor_started else None
 
     def write_run(self, run: RunStatus) -> None:
         """Publishes the status; only the holder of the lock does."""

@@ -165,8 +165,10 @@ class Supervisor:
             except (MeshError, OSError) as error:
                 if part.child is not None:
                     await part.child.stop(grace_seconds=0)
-                if first:
+                if first and isinstance(error, MeshError):
                     raise
+                if first:
+                    raise MeshError(f"{part.name} cannot be started: {error}") from error
                 self._set(part, "restarting", str(error).splitlines()[0])
                 self._tell(f"{part.name} did not come back: {error}", "warning")
             else:

@@ -112,7 +112,9 @@ async def _run(
     await mesh.run(stopping=stopping, hurry=hurry, up=on_up)
 
 
-def run_in_foreground(state: StateFolder, options: Options, console: Console) -> None:
+def run_in_foreground(
+    state: StateFolder, options: Options, console: Console, *, as_json: bool
+) -> None:
     """Runs a mesh until Ctrl-C, saying on the console what happens."""
     with contextlib.ExitStack() as starting:
         starting.enter_context(console.busy("starting the mesh"))
@@ -120,7 +122,7 @@ def run_in_foreground(state: StateFolder, options: Options, console: Console) ->
         async def up(mesh: Mesh, stopping: asyncio.Event) -> None:
             starting.close()
             console.say(f"the mesh is up at {mesh.url}", "good")
-            console.result(sample_lines(state, mesh.url))
+            show_up(state, mesh.url, console, as_json=as_json)
             console.note("Ctrl-C stops everything.")
 
         run_mesh(state, options, say=console.say, up=up)
@@ -236,10 +238,20 @@ def stop(state: StateFolder, console: Console) -> None:
         time.sleep(0.03)
 
 
+def show_up(state: StateFolder, url: str, console: Console, *, as_json: bool) -> None:
+    """Prints how to call the mesh that is up at this URL."""
+    if as_json:
+        ca = str(state.certificates.ca)
+        console.json({"state": "running", "url": url, "ca": ca, "state_folder": str(state.path)})
+    else:
+        console.result(sample_lines(state, url))
+
+
 def sample_lines(state: StateFolder, url: str) -> str:
     """Answers lines for people to paste: how to call the mesh that is up at this URL."""
     meshctl = program("meshctl")
     buf = program("buf")
+    where = "" if buf != "buf" or shutil.which(buf) else " (buf comes with: make setup-dev)"
     place = shlex.quote(str(state.path))
     host = url.removeprefix("https://")
     order, order_grpc = _ORDER % "", _ORDER % ', "parent": "merchants/default"'
@@ -257,12 +269,12 @@ curl --cacert "$MESH_CA" {authorization} -H {key} -H "Content-Type: application/
   -d '{order}' \\
   "$MESH_URL/v1/merchants/default/orders"
 
-# the same over gRPC, by reflection{_where_to_get(buf, "buf", "pip install buf-bin")}
+# the same over gRPC, by reflection{where}
 {buf} curl --protocol grpc --cacert "$MESH_CA" {authorization} -H {key} \\
   -d '{order_grpc}' \\
   "$MESH_URL/{method}"
 
-# the same with grpcurl, which has no package here: this line has not been run
+# or with grpcurl, if you have it
 grpcurl -cacert "$MESH_CA" {authorization} -H {key} \\
   -d '{order_grpc}' \\
   {host} {method}
@@ -283,8 +295,3 @@ def program(name: str) -> str:
     with contextlib.suppress(ValueError):
         return shlex.quote(str(beside.relative_to(Path.cwd())))
     return shlex.quote(str(beside))
-
-
-def _where_to_get(called: str, name: str, how: str) -> str:
-    missing = called == name and shutil.which(name) is None
-    return f" (needs {name}: {how})" if missing else ""

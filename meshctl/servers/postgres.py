@@ -14,7 +14,7 @@ from pathlib import Path
 import asyncpg
 
 from meshctl.leftovers import processes_in
-from meshctl.processes import Command, NotReadyError, port_answers, run_to_end
+from meshctl.processes import Command, MeshError, NotReadyError, port_answers, run_to_end
 from meshctl.servers.base import Identity, unprivileged, wheel_folder
 
 
@@ -204,8 +204,17 @@ class Postgres:
 
         Args:
             passwords: Name of role and database, to the role's password.
+
+        Raises:
+            MeshError: The cluster was made with another password than ours.
         """
-        connection = await asyncpg.connect(self.url(), timeout=10)
+        try:
+            connection = await asyncpg.connect(self.url(), timeout=10)
+        except asyncpg.InvalidPasswordError as error:
+            raise MeshError(
+                f"the cluster in {self.data} was made with another password",
+                hint="its state folder has lost mesh.json; remove the folder to begin anew",
+            ) from error
         try:
             known = {
                 row["datname"] for row in await connection.fetch("SELECT datname FROM pg_database")

@@ -1,12 +1,18 @@
 """The state folder: what it remembers, whom it lets in, and whom it refuses."""
 
+import fcntl
 import os
 import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from meshctl.processes import MeshError, free_port, port_is_free
+from meshctl.leftovers import look
+from meshctl.processes import MeshError, checkout, free_port, port_is_free
 from meshctl.state import (
     AlreadyRunningError,
     NotRunningError,
@@ -18,9 +24,12 @@ from meshctl.state import (
 
 
 def _a_run(pid: int) -> RunStatus:
+    found = look(pid)
+    assert found is not None
     return RunStatus(
         state="running",
         supervisor_pid=pid,
+        supervisor_started=found.started,
         url="https://localhost:20000",
         admin_url="http://127.0.0.1:20001",
         ca="/ca.pem",
@@ -143,6 +152,40 @@ def test_a_status_without_a_supervisor_is_not_running(tmp_path: Path) -> None:
     with pytest.raises(NotRunningError) as refused:
         state.running()
     assert refused.value.exit_code == 3
+
+
+def test_a_process_that_got_the_pid_of_a_dead_supervisor_is_not_taken_for_it(
+    tmp_path: Path,
+) -> None:
+    """`meshctl down` signals whom the status names: only the very process that wrote it."""
+    state = StateFolder(tmp_path / "state")
+    lock = state.take()
+    state.write_run(replace(_a_run(os.getpid()), supervisor_started="1"))
+    with pytest.raises(NotRunningError):
+        state.running()
+    lock.release()
+
+
+def test_a_guardian_outwaits_whoever_looks_whether_the_lock_is_held(tmp_path: Path) -> None:
+    """`meshctl status` in that very moment does not keep it from tidying up."""
+    state = StateFolder(tmp_path / "state")
+    state.take().release()
+    state.write_run(_a_run(os.getpid()))
+    argv = [sys.executable, "-m", "meshctl.guardian", str(state.path), state.id, "/nonexistent"]
+    with (state.path / "lock").open("r+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_EX)
+        guardian = subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd=checkout())
+        soon = time.monotonic() + 10
+        while not _has_open(guardian.pid, state.path / "lock"):
+            assert time.monotonic() < soon
+            time.sleep(0.005)
+    assert guardian.wait(10) == 0
+    assert not (state.path / "run.json").exists()
+
+
+def _has_open(pid: int, file: Path) -> bool:
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return any(link.resolve() == file for link in links)
 
 
 def test_the_option_wins_over_the_variable_and_that_over_the_default(

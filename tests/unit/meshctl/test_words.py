@@ -1,6 +1,9 @@
 """What meshctl reads from a command line, and how it words what it found."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import click
@@ -8,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from meshctl.cli import _without_password, cli
-from meshctl.client import CallError
+from meshctl.client import CallError, Target, target
 from meshctl.console import plain_table
-from meshctl.processes import ProcessFailedError, exit_words, last_lines
+from meshctl.processes import MeshError, ProcessFailedError, checkout, exit_words, last_lines
 from meshctl.resources import _line, amount_words, money
 from meshctl.session import Duration, merchant_of, resource_name
 
@@ -209,6 +212,63 @@ def test_every_command_explains_itself_and_its_exit_codes(path: tuple[str, ...])
     # A demo has a folder of its own, and credentials are for machines without one.
     if not isinstance(leaf, click.Group) and path not in {("demo",), ("credentials",)}:
         assert "--state" in shown.output
+
+
+@pytest.mark.parametrize("path", _commands(cli), ids=" ".join)
+def test_every_command_that_answers_can_answer_as_json(path: tuple[str, ...]) -> None:
+    """Logs are lines as they were written; credentials print a word for a container's log."""
+    leaf: click.Command = cli
+    for name in path:
+        assert isinstance(leaf, click.Group)
+        leaf = leaf.commands[name]
+    if not isinstance(leaf, click.Group) and path not in {("logs",), ("credentials",)}:
+        assert "--json" in CliRunner().invoke(cli, [*path, "--help"]).output
+
+
+def test_what_the_system_refuses_is_told_in_a_line(tmp_path: Path) -> None:
+    """A file in the way, a full disk: no traceback."""
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(cli, ["credentials", str(tmp_path / "file" / "tls")])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: ")
+    assert "Not a directory" in done.output
+
+
+def test_an_old_ca_in_the_environment_is_told_with_what_sets_it_anew(tmp_path: Path) -> None:
+    """The state folder that `meshctl env` named may be gone."""
+    gone = Target("https://localhost:8443", tmp_path / "ca.pem", "", None)
+    with pytest.raises(MeshError, match="cannot read the CA") as refused:
+        gone.tls()
+    assert "meshctl env" in refused.value.hint
+
+
+@pytest.mark.parametrize("url", ["localhost:8443", "http://localhost:8443", "https://x:port"])
+def test_a_url_that_is_no_edge_s_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of calling port 443 of this machine."""
+    monkeypatch.delenv("MESH_STATE", raising=False)
+    monkeypatch.setenv("MESH_URL", url)
+    monkeypatch.setenv("MESH_TOKEN", "t")
+    with pytest.raises(MeshError, match="not the URL of an edge"):
+        target(None)
+
+
+def test_following_logs_ends_with_its_reader(tmp_path: Path) -> None:
+    """`meshctl logs -f | head` does not run on unheard."""
+    log = tmp_path / "events.log"
+    log.write_text("first\n")
+    argv = [sys.executable, "-m", "meshctl", "logs", "supervisor", "-f", "--state", str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=checkout()) as following:
+        assert following.stdout is not None
+        assert following.stdout.readline() == b"first\n"
+        following.stdout.close()
+        deadline = time.monotonic() + 10
+        while following.poll() is None and time.monotonic() < deadline:
+            with log.open("a") as file:
+                file.write("another\n")
+            time.sleep(0.02)
+        ended = following.poll() is not None
+        following.kill()
+    assert ended
 
 
 @pytest.mark.parametrize("command", ["status", "env", "down"])
