@@ -152,10 +152,16 @@ WHERE (merchant, payment_id) IN (SELECT * FROM unnest($1::text[], $2::uuid[]))
 ORDER BY merchant, payment_id FOR UPDATE
 """
 
+# Each task by itself, in the order of the index: a backlog of one is not read through in
+# search of another. Rows locked beyond the limit are free again at the commit.
 _TAKE = """
-SELECT * FROM payments
-WHERE due IS NOT NULL AND due = ANY($1::text[]) AND due_time <= now()
-ORDER BY due_time LIMIT $2 FOR UPDATE SKIP LOCKED
+SELECT found.*
+FROM unnest($1::text[]) AS task CROSS JOIN LATERAL (
+    SELECT * FROM payments
+    WHERE due = task AND due_time <= now()
+    ORDER BY due_time LIMIT $2 FOR UPDATE SKIP LOCKED
+) AS found
+ORDER BY found.due_time LIMIT $2
 """
 
 _ATTEMPTS = """

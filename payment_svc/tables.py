@@ -58,7 +58,12 @@ payments = sa.Table(
     sa.CheckConstraint("(due IS NULL) = (due_time IS NULL)", name="payments_due"),
     postgresql_with={"fillfactor": "80"},
 )
-sa.Index("payments_due_time", payments.c.due_time, postgresql_where=payments.c.due.is_not(None))
+sa.Index(
+    "payments_due_time",
+    payments.c.due,
+    payments.c.due_time,
+    postgresql_where=payments.c.due.is_not(None),
+)
 
 payment_attempts = sa.Table(
     "payment_attempts",

@@ -43,7 +43,7 @@ def upgrade() -> None:
         ) WITH (fillfactor = 80)
         """
     )
-    op.execute("CREATE INDEX payments_due_time ON payments (due_time) WHERE due IS NOT NULL")
+    op.execute("CREATE INDEX payments_due_time ON payments (due, due_time) WHERE due IS NOT NULL")
     op.execute(
         """
         CREATE TABLE payment_attempts (

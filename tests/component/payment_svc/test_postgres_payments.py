@@ -15,6 +15,7 @@ from chassis.broker import connect
 from chassis.database import Database
 from chassis.ids import new_id
 from chassis.outbox import Outbox
+from payment_svc import storage
 from payment_svc.commands import Answer, CancellationAsked, Held, OrderPlaced, Work, work_of
 from payment_svc.domain.outcomes import Captured, Declined, Outcome, Refunded, Unknown
 from payment_svc.domain.payment import Payment, PaymentState, Task
@@ -143,6 +144,42 @@ async def test_what_is_due_is_taken_by_one_alone(kept: Kept) -> None:
     assert len(ids) == len(set(ids)) <= len(begun)
     rest = [work.payment.payment_id for work in await kept.takes(limit=100)]
     assert {*ids, *rest} == {held.payment.payment_id for held in begun}
+
+
+async def test_what_is_due_longest_is_taken_first(kept: Kept) -> None:
+    """Whichever of the worker's tasks it is."""
+    first, second, third = await kept.begun(3)
+    for held, age, task in ((first, 1, "CHARGE"), (second, 3, "VOID"), (third, 2, "REFUND")):
+        await kept.execute(
+            f"UPDATE payments SET due = '{task}', due_time = now() - interval '{age} min'"
+            f" WHERE payment_id = '{held.payment.payment_id}'"
+        )
+
+    found = await kept.execute(
+        storage._TAKE.replace("$1", "ARRAY['CHARGE', 'VOID', 'REFUND']").replace("$2", "2")
+    )
+
+    ids = [row["payment_id"] for row in found]
+    assert ids == [second.payment.payment_id, third.payment.payment_id]
+
+
+async def test_a_backlog_of_charges_is_not_read_through_for_what_is_to_be_resolved(
+    kept: Kept,
+) -> None:
+    """An outage leaves many of them, and the resolver looks twice a second."""
+    await kept.begun(300)
+    await kept.begun(taken_at_once=True)
+    await kept.leases_end()
+    take = storage._TAKE.replace("$1", "ARRAY['RESOLVE']").replace("$2", "10")
+    connection = await asyncpg.connect(kept.url, server_settings={"enable_seqscan": "off"})
+    try:
+        lines = [row[0] for row in await connection.fetch(f"EXPLAIN (ANALYZE) {take}")]
+    finally:
+        await connection.close()
+
+    assert any("payments_due_time" in line for line in lines), lines
+    assert not any("Removed by Filter" in line for line in lines), lines
+    assert len(await kept.takes((Task.RESOLVE,))) == 1
 
 
 async def test_what_is_in_hand_is_nobody_elses_until_its_lease_ends(kept: Kept) -> None:
