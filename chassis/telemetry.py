@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from socketserver import ThreadingMixIn
 from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -116,7 +117,7 @@ def configure_tracing(settings: ServiceSettings, service: str) -> Callable[[], N
 class HealthServer:
     """Plain HTTP for probes and scrapers: `/livez`, `/readyz`, `/metrics`.
 
-    It runs in a thread of its own, so that a busy event loop is still scraped. It
+    It runs in threads of its own, so that a busy event loop is still scraped. It
     answers `/readyz` with 503 and the reason while `not_ready` holds one.
     """
 
@@ -155,9 +156,9 @@ class HealthServer:
         return [body.encode() + b"\n"]
 
 
-class _Server(WSGIServer):
-    # Without this a scraper that connects and says nothing would hold the thread.
-    timeout = 5
+class _Server(ThreadingMixIn, WSGIServer):
+    # One thread for all would make a scraper that connects and says nothing hold up probes.
+    daemon_threads = True
 
 
 class _QuietHandler(WSGIRequestHandler):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
@@ -66,7 +68,15 @@ def test_metrics_are_there_for_scrapers(health: HealthServer) -> None:
     """In Prometheus' own format."""
     status, body = asked(health, "/metrics")
     assert status == 200
-    assert "# TYPE mesh_" in body
+    assert "# TYPE python_info gauge" in body
+
+
+def test_who_connects_and_says_nothing_keeps_no_one_waiting(health: HealthServer) -> None:
+    """Else one scraper that hangs would make a living process look dead."""
+    with socket.create_connection(("127.0.0.1", health.port)):
+        began = time.monotonic()
+        assert asked(health, "/livez") == (200, "alive\n")
+        assert time.monotonic() - began < 2
 
 
 def test_other_paths_say_which_there_are(health: HealthServer) -> None:
