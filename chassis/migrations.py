@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import structlog
 from alembic import command, context, op
 from alembic.config import Config
@@ -37,9 +38,9 @@ async def migrate(url: str, migrations: Path) -> None:
     config.set_main_option("script_location", str(migrations).replace("%", "%%"))
     head = ScriptDirectory.from_config(config).get_current_head()
     engine = create_async_engine(
-        url.replace("postgres://", "postgresql://").replace(
-            "postgresql://", "postgresql+asyncpg://", 1
-        ),
+        "postgresql+asyncpg://",
+        # The driver reads the URL as it does for the pool, parameters included.
+        async_creator=lambda: asyncpg.connect(url),
         poolclass=NullPool,
     )
     try:

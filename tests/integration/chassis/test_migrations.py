@@ -69,6 +69,15 @@ async def test_an_empty_database_is_brought_to_the_newest_revision(
     assert await state(empty_database) == ("0002", ["a.b", "a.id"])
 
 
+async def test_a_url_says_the_same_to_migrations_as_to_the_pool(
+    empty_database: str, tmp_path: Path
+) -> None:
+    """How a database is to be reached over TLS, for one, stands in its URL."""
+    url = f"{empty_database.replace('postgresql://', 'postgres://')}?sslmode=prefer"
+    await migrate(url, revisions(tmp_path, A))
+    assert await state(url) == ("0001", ["a.id"])
+
+
 async def test_a_second_run_finds_nothing_to_do(empty_database: str, tmp_path: Path) -> None:
     """So that every replica may try."""
     for _ in range(2):
