@@ -379,6 +379,7 @@ def load(rate: int, seconds: int, merchant: str) -> None:
     "  meshctl demo --keep /tmp/demo && meshctl up --state /tmp/demo\n"
     "\nExit codes:\n  0  every order went its way\n"
     "  1  one did not; the table and the last lines say which and how\n"
+    "  130  stopped by Ctrl-C before its end\n"
 )
 @json_option
 @click.option("--keep", metavar="DIR", type=click.Path(path_type=Path), help="Keep the state here.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 import shutil
 import tempfile
 import time
@@ -15,6 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+
+import click
 
 from meshctl.client import CallError, Edge, Json, Target
 from meshctl.console import Console
@@ -100,6 +103,7 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
 
     Raises:
         MeshError: The mesh did not start, or a call failed in no expected way.
+        click.Abort: A signal ended it before the orders went their way.
     """
     folder = keep or Path(tempfile.mkdtemp(prefix="ordermesh-demo-"))
     ways: list[Way] = []
@@ -125,6 +129,7 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
         mails = len(list_mails(state.mail)) if state.mail.exists() else 0
         console.say("everything is stopped", "good")
         _judge_mails(ways, mails)
+        # A demo that was stopped before its end has nothing to look at either.
         went_well = not any(way.differences for way in ways)
     finally:
         if keep is None and went_well:
@@ -133,13 +138,18 @@ def run_demo(console: Console, *, keep: Path | None, broker: str, as_json: bool)
             console.note(f"logs and mails are kept in {folder}")
     if not ways:
         console.note("stopped before the orders went their way")
-        return 1
+        raise click.Abort
     if as_json:
         console.json([_as_json(way) for way in ways])
     else:
         _show(ways, mails, placed_seconds, console)
         if keep is not None:
-            console.note(f"\nthe state is kept: {program('meshctl')} up --state {folder}")
+            where = shlex.quote(str(folder))
+            console.note(f"\nthe state is kept: {program('meshctl')} up --state {where}")
+        elif went_well:
+            console.note(
+                f"\nnothing of it is kept; to call a mesh yourself: {program('meshctl')} up"
+            )
     return sum(1 for way in ways if way.differences)
 
 
@@ -278,8 +288,9 @@ def _outcome(way: Way) -> str:
     if way.refusal is not None:
         return f"refused, {way.refusal.code} {way.refusal.reason}".rstrip()
     if way.sample.repeats is not None:
-        return f"the order of {way.sample.repeats}"
-    state = f"{way.order.get('state')}, {way.order.get('paymentState')}"
+        return f"answered with the order of request {way.sample.repeats}"
+    money = way.order.get("paymentState")
+    state = f"{way.order.get('state')}" + (f", {money}" if money != "NONE" else "")
     reason = way.order.get("failureReason", "")
     return f"{state} ({reason})" if reason else state
 

@@ -176,6 +176,29 @@ def test_a_start_outlives_a_stranger_who_takes_a_port_that_was_chosen(
     assert any(text.startswith(f"port {lost} (edge) is taken now") for text in said)
 
 
+def test_a_demo_that_is_interrupted_keeps_nothing_and_exits_130(
+    meshctl: Meshctl, tmp_path: Path
+) -> None:
+    """Ctrl-C is no failure to look into."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    demo = subprocess.Popen(
+        meshctl.argv("demo"),
+        env=meshctl.environment | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if "valkey ready" in line:
+            demo.send_signal(signal.SIGINT)
+    demo.stdout.close()
+    assert demo.wait(30) == 130
+    assert list(scratch.glob("ordermesh-demo-*")) == []
+
+
 def test_a_port_that_the_user_insists_on_is_used_or_refused(meshctl: Meshctl) -> None:
     """--port is taken literally."""
     port = free_port()
