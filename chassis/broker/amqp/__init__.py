@@ -19,7 +19,8 @@ flight before the first confirm is awaited. aiormq tells returned messages by th
 message_id, so that is unique to each publish and the event's id is a header.
 
 **Consuming** has a connection for each `consume` call, so that a publisher which is blocked
-by an alarm of the broker never keeps consumers from acknowledging. A message that is to be
+by an alarm of the broker never keeps consumers from acknowledging. Declaring and looking at
+dead letters have one each for the same reason. A message that is to be
 tried again is first copied to its tier, with a confirm, and then acknowledged: a crash in
 between makes a duplicate and no loss.
 
