@@ -25,7 +25,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     """Never sent."""
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """A field breaks its rule. BadRequest names every field at fault.
+    """A field breaks its rule. BadRequest names the fields at fault, the first 20.
     INVALID_ARGUMENT (400). Example of an ErrorInfo:
         {"reason": "INVALID_FIELD", "domain": "ordermesh",
          "metadata": {"field": "order.lines[0].quantity"}}
@@ -145,7 +145,7 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 """Never sent."""
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""A field breaks its rule. BadRequest names every field at fault.
+"""A field breaks its rule. BadRequest names the fields at fault, the first 20.
 INVALID_ARGUMENT (400). Example of an ErrorInfo:
     {"reason": "INVALID_FIELD", "domain": "ordermesh",
      "metadata": {"field": "order.lines[0].quantity"}}
