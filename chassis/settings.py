@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from chassis.money import CURRENCY_CODES
 
+_ADDRESS = r"^\S+:\d{1,5}$"
 _BROKERS = ("amqp://", "amqps://", "postgresql://", "postgres://", "memory://")
 
 
@@ -68,10 +69,10 @@ class ServiceSettings(BaseSettings):
     redis_url: SecretStr = SecretStr("")
     """The cache, `redis://:password@host:port/0`; empty runs without one."""
 
-    grpc_address: str = "127.0.0.1:0"
+    grpc_address: str = Field(default="127.0.0.1:0", pattern=_ADDRESS)
     """Host and port for gRPC (mutual TLS); port 0 picks a free one."""
 
-    http_address: str = "127.0.0.1:0"
+    http_address: str = Field(default="127.0.0.1:0", pattern=_ADDRESS)
     """Host and port for `/livez`, `/readyz` and `/metrics`, plain HTTP, inside only."""
 
     tls_cert: Path | None = None

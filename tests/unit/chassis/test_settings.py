@@ -97,6 +97,8 @@ def test_a_database_of_another_kind_is_refused(environment: pytest.MonkeyPatch) 
         ("MESH_CONCURRENCY_MAX", "0"),
         ("MESH_DATABASE_POOL_MAX", "0"),
         ("MESH_INSECURE", "perhaps"),
+        ("MESH_GRPC_ADDRESS", "localhost"),
+        ("MESH_HTTP_ADDRESS", "8080"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused(
