@@ -122,9 +122,10 @@ CROSS JOIN LATERAL (
 RETURNING event_id, claim IS NOT NULL AS handed_over
 """
 
+# As a subquery of the update, `due` may be run anew for each row that it is compared with,
+# and each time find further rows that are not claimed yet: more than the limit altogether.
 _CLAIM = f"""
-UPDATE outbox SET claim = $1, claimed_until = now() + interval '{CLAIM_SECONDS} seconds'
-WHERE event_id IN (
+WITH due AS MATERIALIZED (
     SELECT event_id FROM outbox AS o
     WHERE sent_time IS NULL AND park_time IS NULL AND next_attempt_time <= now()
       AND (claimed_until IS NULL OR claimed_until < now())
@@ -132,9 +133,12 @@ WHERE event_id IN (
           SELECT FROM outbox AS earlier
           WHERE earlier.aggregate = o.aggregate AND earlier.sent_time IS NULL
             AND earlier.aggregate_version < o.aggregate_version)
-    ORDER BY create_time LIMIT $2 FOR UPDATE SKIP LOCKED)
-RETURNING event_id, merchant, aggregate, aggregate_version, type, body, correlation_id,
-          traceparent
+    ORDER BY create_time LIMIT $2 FOR UPDATE SKIP LOCKED
+)
+UPDATE outbox AS o
+SET claim = $1, claimed_until = now() + interval '{CLAIM_SECONDS} seconds'
+FROM due WHERE o.event_id = due.event_id
+RETURNING o.event_id, o.type, o.body, o.correlation_id, o.traceparent
 """
 
 _SENT = """

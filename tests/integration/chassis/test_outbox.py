@@ -20,7 +20,9 @@ from chassis.ids import new_id
 from chassis.outbox import _CLAIM, CONTENT_TYPE, Outbox
 from ordermesh.payment.v1.payment_events_pb2 import PaymentFailed
 from tests.builders import NOON
+from tests.databases import Databases
 from tests.eventually import eventually
+from tests.integration.chassis.conftest import prepare
 from tests.integration.chassis.sessions import doomed
 
 TYPES = EventTypes([PaymentFailed])
@@ -521,6 +523,19 @@ async def test_a_claim_reads_what_it_takes_and_not_all_that_waits(database: Data
     lines = [row[0] for row in plan]
     assert any("Index Scan using outbox_waiting" in line for line in lines), lines
     assert not any("Sort" in line for line in lines), lines
+
+
+async def test_no_more_is_claimed_than_asked_for_by_any_plan(databases: Databases) -> None:
+    """PostgreSQL joins as its statistics tell it to; a batch is bounded all the same."""
+    async with databases.cloned(await databases.template("chassis", prepare)) as url:
+        async with Database.opened(url, application_name="test") as database:
+            await staged(an_outbox(database, Scripted()), *(an_event(str(n)) for n in range(40)))
+            async with database.reading() as connection:
+                name = await connection.fetchval("SELECT current_database()")
+                for way in ("hashagg", "hashjoin", "mergejoin", "material", "sort"):
+                    await connection.execute(f'ALTER DATABASE "{name}" SET enable_{way} = off')
+        async with Database.opened(url, application_name="test") as database:
+            assert len(await an_outbox(database, Scripted())._claim(10)) == 10
 
 
 # --- housekeeping ---------------------------------------------------------------------
