@@ -75,7 +75,7 @@ class Cause(Protocol):
 
     @property
     def version(self) -> int:
-        """Counts the aggregate's events from 1."""
+        """Rises with the aggregate's events; may skip numbers."""
         ...
 
     @property

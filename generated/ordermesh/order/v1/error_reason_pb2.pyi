@@ -42,8 +42,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
          "metadata": {"field": "order.lines[1].sku", "sku": "TEA-001"}}
     """
     ERROR_REASON_CURRENCY_MISMATCH: _ErrorReason.ValueType  # 4
-    """A price, discount, shipping or tax amount is in another currency than the
-    order. INVALID_ARGUMENT (400). Example:
+    """A price, discount, shipping or tax amount, or the expected total, is in
+    another currency than the order. INVALID_ARGUMENT (400). Example:
         {"reason": "CURRENCY_MISMATCH", "domain": "ordermesh",
          "metadata": {"field": "order.lines[0].unit_price.currency_code",
                       "expected": "EUR", "given": "USD"}}
@@ -57,7 +57,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_AMOUNT_OUT_OF_RANGE: _ErrorReason.ValueType  # 6
     """An amount, or the sum of amounts, is negative where that makes no sense,
-    zero in total, or too large. INVALID_ARGUMENT (400). Example:
+    zero in total or once converted for the merchant, or too large. INVALID_ARGUMENT (400). Example:
         {"reason": "AMOUNT_OUT_OF_RANGE", "domain": "ordermesh",
          "metadata": {"field": "order.discount"}}
     """
@@ -107,8 +107,8 @@ ERROR_REASON_DUPLICATE_SKU: ErrorReason.ValueType  # 3
      "metadata": {"field": "order.lines[1].sku", "sku": "TEA-001"}}
 """
 ERROR_REASON_CURRENCY_MISMATCH: ErrorReason.ValueType  # 4
-"""A price, discount, shipping or tax amount is in another currency than the
-order. INVALID_ARGUMENT (400). Example:
+"""A price, discount, shipping or tax amount, or the expected total, is in
+another currency than the order. INVALID_ARGUMENT (400). Example:
     {"reason": "CURRENCY_MISMATCH", "domain": "ordermesh",
      "metadata": {"field": "order.lines[0].unit_price.currency_code",
                   "expected": "EUR", "given": "USD"}}
@@ -122,7 +122,7 @@ INVALID_ARGUMENT (400). Example:
 """
 ERROR_REASON_AMOUNT_OUT_OF_RANGE: ErrorReason.ValueType  # 6
 """An amount, or the sum of amounts, is negative where that makes no sense,
-zero in total, or too large. INVALID_ARGUMENT (400). Example:
+zero in total or once converted for the merchant, or too large. INVALID_ARGUMENT (400). Example:
     {"reason": "AMOUNT_OUT_OF_RANGE", "domain": "ordermesh",
      "metadata": {"field": "order.discount"}}
 """

@@ -106,7 +106,9 @@ class OrderConfirmed(_message.Message):
     payment: _builtins.str
     """payment is the resource name of the payment."""
     payment_state: _order_service_pb2.Order.PaymentState.ValueType
-    """payment_state is AUTHORIZED or PAID."""
+    """payment_state is AUTHORIZED or PAID; REFUNDED or PARTIALLY_REFUNDED where
+    the news of a refund overtook that of the capture.
+    """
     @_builtins.property
     def amount(self) -> _money_pb2.Money:
         """amount is the order's total."""
