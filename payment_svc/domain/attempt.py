@@ -57,6 +57,7 @@ ATTEMPT_TRANSITIONS: Mapping[AttemptState, frozenset[AttemptState]] = {
             AttemptState.CAPTURED,
             AttemptState.DECLINED,
             AttemptState.FAILED,
+            AttemptState.VOIDED,
             AttemptState.UNKNOWN,
         }
     ),

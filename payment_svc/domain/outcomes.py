@@ -1,7 +1,6 @@
 """What may come of asking a payment provider: one type per kind of answer.
 
-The kinds are those of the table in docs/reliability.md. What matters of each is what is
-known of the money, not which status code an adapter met:
+What matters of each is what is known of the money, not which status code an adapter met:
 
 | kind           | what is known                                  | what follows                |
 |----------------|------------------------------------------------|-----------------------------|

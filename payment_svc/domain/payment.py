@@ -14,6 +14,8 @@ What came of asking:
 | PROCESSING       | captured                | CAPTURED        | PaymentSucceeded  | REFUND²  |
 | PROCESSING       | authorized              | AUTHORIZED      | PaymentAuthorized | VOID²    |
 | PROCESSING       | declined, invalid       | FAILED          | PaymentFailed     |          |
+| PROCESSING, old³ | voided                  | VOIDED          | PaymentVoided     |          |
+| PROCESSING, old³ | absent                  | OUTCOME_UNKNOWN |                   | RESOLVE  |
 | PROCESSING       | retry with the same key | PROCESSING      |                   | CHARGE   |
 | PROCESSING       | unknown, lease ran out  | OUTCOME_UNKNOWN |                   | RESOLVE  |
 | OUTCOME_UNKNOWN  | captured, declined, …   | as above        | as above          | as above |
@@ -27,7 +29,8 @@ What came of asking:
 | CAPTURED, refund | declined, invalid       | CAPTURED        | RefundFailed      |          |
 | CAPTURED, refund | submitted, unknown      | CAPTURED        |                   | RESOLVE  |
 
-¹ when the lease ends; ² if the order was cancelled meanwhile.
+¹ when the lease ends; ² if the order was cancelled meanwhile; ³ put off for so long that
+its key may be forgotten, and therefore asked about instead of being sent.
 
 What a cancellation does. The order waits for one of PaymentFailed, PaymentVoided,
 RefundSucceeded (RefundFailed calls a person), and every row ends in exactly one of them:
@@ -109,6 +112,7 @@ PAYMENT_TRANSITIONS: Mapping[PaymentState, frozenset[PaymentState]] = {
             PaymentState.REQUIRES_ACTION,
             PaymentState.AUTHORIZED,
             PaymentState.CAPTURED,
+            PaymentState.VOIDED,
             PaymentState.FAILED,
             PaymentState.OUTCOME_UNKNOWN,
         }

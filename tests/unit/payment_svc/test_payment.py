@@ -225,6 +225,14 @@ def test_a_charge_that_was_voided_elsewhere_is_told_as_voided() -> None:
     assert told(payment) == [Told.VOIDED]
 
 
+def test_a_charge_that_was_put_off_and_is_found_voided_is_over() -> None:
+    """Too old to be sent, it was asked about; somebody had let it go at the provider."""
+    payment = answered(answered(a_payment(), RetrySameKey()), Voided())
+
+    assert payment.state is PaymentState.VOIDED
+    assert told(payment) == [Told.VOIDED]
+
+
 def test_an_authorization_found_again_is_not_told_twice() -> None:
     """Its void's answer was lost, and the provider says that the amount is still reserved."""
     payment = answered(a_cancelled_authorization(), Unknown("timeout"))
