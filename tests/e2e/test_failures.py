@@ -248,7 +248,7 @@ async def _is_back(mesh: Mesh, name: str, *, instead_of: int) -> None:
 
 
 async def _leases_of_the_dead_end(mesh: Mesh) -> None:
-    """Ends what a killed payment process still held, which time would do within a minute.
+    """Ends what a killed payment process still held, which time would do in half a minute.
 
     A process takes a payment for as long as the provider may need, and nobody else touches
     it before. Instead of waiting for that, the rows' times are moved.
