@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -109,14 +110,16 @@ async def test_the_printed_meshctl_lines_place_show_and_tell_of_an_order(
     assert str(mesh.state / "mail") in mail
 
 
-async def test_the_printed_grpcurl_line_says_that_it_has_not_been_run(mesh: Mesh) -> None:
-    """It has no package; where it is installed all the same, it is run."""
+async def test_the_printed_grpcurl_line_asks_for_what_the_buf_line_asks_for(mesh: Mesh) -> None:
+    """It has no package here; where it is installed all the same, it is run."""
     blocks = blocks_of(mesh.shown)
-    comment, commands = the_only(blocks, "grpcurl")
-    assert "not been run" in comment
+    (_, buf), (_, grpcurl) = the_only(blocks, "buf"), the_only(blocks, "grpcurl")
+    asked, same = shlex.split(buf), shlex.split(grpcurl)
+    assert asked[-1] == f"$MESH_URL/{same[-1]}"
+    assert json.loads(asked[asked.index("-d") + 1]) == json.loads(same[same.index("-d") + 1])
     if shutil.which("grpcurl"):
         _, first = the_only(blocks, "eval")
-        order = json.loads(await paste(mesh, f"{first}\n{commands}\n"))
+        order = json.loads(await paste(mesh, f"{first}\n{grpcurl}\n"))
         assert order["total"] == money(2500)
 
 
