@@ -27,10 +27,11 @@ class Merchant(BaseModel):
 
     id: str = Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")
     name: str = Field(min_length=1, max_length=200)
-    email: str = Field(min_length=3, max_length=254)
+    email: str = Field(max_length=254, pattern=r"^[!-?A-~]+@[!-?A-~]+$")
     settlement_currency: str = Field(pattern=r"^[A-Z]{3}$")
     capture_method: Literal["automatic", "manual"] = "automatic"
-    locale: str = "en"
+    # A BCP 47 tag, as a customer's: `de-AT`, not `de_AT`.
+    locale: str = Field(default="en", max_length=35, pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")
 
     @field_validator("settlement_currency")
     @classmethod
