@@ -41,6 +41,7 @@ LOCK_SECONDS = 2
 IDLE_IN_TRANSACTION_SECONDS = 10
 CHECKOUT_SECONDS = 0.25
 CONNECT_SECONDS = 5
+_ROWS_AT_ONCE = 1000
 
 _log = structlog.get_logger("database")
 _TRANSACTION_SECONDS = Histogram(
@@ -178,6 +179,25 @@ class Database:
         with _in_our_terms():
             async with self._checked_out() as connection:
                 yield connection
+
+    async def delete_all(self, statement: str) -> int:
+        """Deletes rows a thousand at a time, so that nobody waits long; says how many.
+
+        Args:
+            statement: A DELETE bounded by `LIMIT $1`; asked again while it finds that many.
+
+        Raises:
+            OverloadedError: No connection came free within 250 ms.
+            UnavailableError: The server is away or was too slow.
+        """
+        deleted = 0
+        while True:
+            async with self.reading() as connection:
+                status = await connection.execute(statement, _ROWS_AT_ONCE)
+            rows = int(status.rpartition(" ")[2])
+            deleted += rows
+            if rows < _ROWS_AT_ONCE:
+                return deleted
 
     async def ping(self) -> None:
         """Asks the server for a sign of life; raises `UnavailableError` without one."""

@@ -105,7 +105,7 @@ WHERE requests.merchant = n.merchant AND requests.method = n.method
 # expired id may have changed it since it was selected.
 _DROP_EXPIRED = """
 DELETE FROM requests WHERE expire_time < now() AND (merchant, method, request_id) IN (
-    SELECT merchant, method, request_id FROM requests WHERE expire_time < now() LIMIT 1000)
+    SELECT merchant, method, request_id FROM requests WHERE expire_time < now() LIMIT $1)
 """
 
 
@@ -189,10 +189,8 @@ async def forget(connection: AnyConnection, keys: Sequence[RequestKey]) -> None:
 
 
 async def drop_expired(database: Database) -> int:
-    """Deletes up to 1000 expired entries; says how many."""
-    async with database.reading() as connection:
-        status = await connection.execute(_DROP_EXPIRED)
-    return int(status.rpartition(" ")[2])
+    """Deletes expired entries; says how many."""
+    return await database.delete_all(_DROP_EXPIRED)
 
 
 async def _known(

@@ -72,7 +72,7 @@ ON CONFLICT DO NOTHING RETURNING event_id
 _DROP_OLD = f"""
 DELETE FROM inbox WHERE (consumer, event_id) IN (
     SELECT consumer, event_id FROM inbox
-    WHERE receive_time < now() - interval '{RETENTION_DAYS} days' LIMIT 1000)
+    WHERE receive_time < now() - interval '{RETENTION_DAYS} days' LIMIT $1)
 """
 
 
@@ -100,14 +100,12 @@ async def first_seen(connection: AnyConnection, consumer: str, events: Sequence[
 
 
 async def drop_old(database: Database) -> int:
-    """Deletes up to 1000 entries older than 14 days; says how many.
+    """Deletes entries older than 14 days; says how many.
 
     That is longer than an outbox keeps its rows (7 days) plus the time in which dead
     letters are played again, so that a late duplicate still finds its entry.
     """
-    async with database.reading() as connection:
-        status = await connection.execute(_DROP_OLD)
-    return int(status.rpartition(" ")[2])
+    return await database.delete_all(_DROP_OLD)
 
 
 class EventConsumer:

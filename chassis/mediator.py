@@ -112,6 +112,11 @@ _log = structlog.get_logger("mediator")
 _tracer = trace.get_tracer("chassis.mediator")
 
 
+def usual_behaviours(*, tracing: bool) -> list[Behaviour]:
+    """A metric and a command's log line around every request, in a span where spans are made."""
+    return [traced, measured] if tracing else [measured]
+
+
 def measured(request_type: type[Request[Any]], proceed: Next) -> Next:
     """Behaviour: a duration metric by outcome, and one log line per command."""
     name = request_type.__name__
@@ -140,7 +145,7 @@ def measured(request_type: type[Request[Any]], proceed: Next) -> Next:
 
 
 def traced(request_type: type[Request[Any]], proceed: Next) -> Next:
-    """Behaviour: one span per request. Wired only where spans are exported."""
+    """Behaviour: one span per request."""
     name = request_type.__name__
 
     async def handle(request: Any) -> Any:

@@ -19,8 +19,36 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from chassis.broker import Subscription, connect
+from chassis.settings import DatabaseSettings
+
 _LOCK = 0x6D657368  # "mesh": one migration at a time per database
 _log = structlog.get_logger("migrations")
+
+
+async def prepare(
+    settings: DatabaseSettings, *, service: str, migrations: Path, subscription: Subscription
+) -> None:
+    """Migrates a service's database and declares what the service listens to.
+
+    Done for every service before any is served, so that no event is published before
+    those who listen to it have a queue.
+
+    Args:
+        settings: Where the database and the broker are.
+        service: Its name, for the broker's operators.
+        migrations: Its `migrations` folder.
+        subscription: What it listens to.
+
+    Raises:
+        OSError: The database does not answer.
+        sqlalchemy.exc.SQLAlchemyError: A revision failed; nothing of it was kept.
+        BrokerUnavailableError: The broker is still away after a minute.
+        TopologyError: The queue exists with other properties.
+    """
+    await migrate(settings.database_url.get_secret_value(), migrations)
+    async with connect(settings.broker_url.get_secret_value(), name=service) as broker:
+        await broker.declare([subscription])
 
 
 async def migrate(url: str, migrations: Path) -> None:

@@ -168,7 +168,7 @@ FROM outbox WHERE sent_time IS NULL
 _DROP_OLD = f"""
 DELETE FROM outbox WHERE event_id IN (
     SELECT event_id FROM outbox
-    WHERE sent_time < now() - interval '{RETENTION_DAYS} days' LIMIT 1000)
+    WHERE sent_time < now() - interval '{RETENTION_DAYS} days' LIMIT $1)
 """
 
 
@@ -295,16 +295,13 @@ class Outbox:
             _OLDEST.set(row["oldest"])
 
     async def drop_old(self) -> int:
-        """Deletes up to 1000 rows that were sent over seven days ago; says how many."""
-        async with self._database.reading() as connection:
-            status = await connection.execute(_DROP_OLD)
-        return int(status.rpartition(" ")[2])
+        """Deletes rows that were sent over seven days ago; says how many."""
+        return await self._database.delete_all(_DROP_OLD)
 
     async def sweep(self) -> None:
         """Measures the backlog and drops old rows."""
         await self.measure()
-        while await self.drop_old() == 1000:
-            pass
+        await self.drop_old()
 
 
 async def _settle(

@@ -25,7 +25,7 @@ async def pause(seconds: float, unless: asyncio.Event) -> None:
 
 
 def repeatedly(
-    seconds: float, act: Callable[[], Awaitable[None]]
+    seconds: float, act: Callable[[], Awaitable[object]]
 ) -> Callable[[asyncio.Event], Awaitable[None]]:
     """Acts now and then again every so many seconds, until told to stop.
 

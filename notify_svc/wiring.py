@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
-from chassis import inbox
+from chassis import inbox, migrations
 from chassis.broker import connect
 from chassis.database import Database
 from chassis.ids import new_id
-from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
-from chassis.migrations import migrate
+from chassis.mediator import Mediator, Registration, usual_behaviours
 from chassis.paging import PageTokens
 from chassis.periodic import repeatedly
 from chassis.runtime import App, Background, Role
@@ -32,15 +31,13 @@ SWEEP_SECONDS = 300.0
 MEASURE_SECONDS = 15.0
 
 
-async def prepare(settings: NotificationSettings) -> None:
-    """Brings the database to the newest revision, and declares what is listened to.
-
-    Done for every service before any is served, so that no event is published before
-    those who listen to it have a queue.
-    """
-    await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
-    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
-        await broker.declare([SUBSCRIPTION])
+prepare = partial(
+    migrations.prepare,
+    service=NAME,
+    migrations=Path(__file__).parent / "migrations",
+    subscription=SUBSCRIPTION,
+)
+"""Migrates the database and declares what is listened to, before anything is served."""
 
 
 @contextlib.asynccontextmanager
@@ -80,9 +77,6 @@ async def build(settings: NotificationSettings) -> AsyncIterator[App]:
         queries = NotificationQueries(
             database, PageTokens(settings.page_token_key.get_secret_value())
         )
-        behaviours: list[Behaviour] = [measured]
-        if settings.otlp_endpoint:
-            behaviours.insert(0, traced)
         mediator = Mediator(
             [
                 Registration(
@@ -97,17 +91,10 @@ async def build(settings: NotificationSettings) -> AsyncIterator[App]:
                 Registration(GetNotification, queries.get),
                 Registration(ListNotifications, queries.list),
             ],
-            behaviours,
+            usual_behaviours(tracing=bool(settings.otlp_endpoint)),
         )
         servicer = NotificationServicer(mediator)
         consumer = event_consumer(mediator)
-
-        async def consume(stopping: asyncio.Event) -> None:
-            await consumer.run(broker, stopping)
-
-        async def drop_old() -> None:
-            while await inbox.drop_old(database) == 1000:
-                pass
 
         yield App(
             servicers=[
@@ -115,17 +102,20 @@ async def build(settings: NotificationSettings) -> AsyncIterator[App]:
                     notification_service_pb2.DESCRIPTOR.services_by_name[
                         "NotificationService"
                     ].full_name,
-                    lambda server: (
-                        notification_service_pb2_grpc.add_NotificationServiceServicer_to_server(
-                            servicer, server
-                        )
+                    partial(
+                        notification_service_pb2_grpc.add_NotificationServiceServicer_to_server,
+                        servicer,
                     ),
                 )
             ],
             background=[
-                Background(Role.CONSUME, "consume", consume),
+                Background(Role.CONSUME, "consume", partial(consumer.run, broker)),
                 Background(Role.RELAY, "delivery", delivery.worker.run),
-                Background(Role.SWEEP, "sweep", repeatedly(SWEEP_SECONDS, drop_old)),
+                Background(
+                    Role.SWEEP,
+                    "sweep",
+                    repeatedly(SWEEP_SECONDS, partial(inbox.drop_old, database)),
+                ),
                 Background(Role.SWEEP, "measure", repeatedly(MEASURE_SECONDS, store.measure)),
             ],
             checks={"database": database.ping},

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 from chassis import cache as caching
-from chassis import idempotency, inbox
+from chassis import idempotency, inbox, migrations
 from chassis.broker import connect
 from chassis.cache import Cache
 from chassis.database import Database
 from chassis.grpc_client import channel_to_mesh
 from chassis.ids import new_id, now
-from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
-from chassis.migrations import migrate
+from chassis.mediator import Mediator, Registration, usual_behaviours
 from chassis.outbox import Outbox
 from chassis.paging import PageTokens
 from chassis.periodic import repeatedly
@@ -41,15 +40,13 @@ SWEEP_SECONDS = 300.0
 MEASURE_SECONDS = 5.0
 
 
-async def prepare(settings: OrderSettings) -> None:
-    """Migrates the database and declares what this service listens to.
-
-    Done for every service before any is served, so that no event is published before
-    those who listen to it have a queue.
-    """
-    await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
-    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
-        await broker.declare([SUBSCRIPTION])
+prepare = partial(
+    migrations.prepare,
+    service=NAME,
+    migrations=Path(__file__).parent / "migrations",
+    subscription=SUBSCRIPTION,
+)
+"""Migrates the database and declares what is listened to, before anything is served."""
 
 
 @contextlib.asynccontextmanager
@@ -83,9 +80,6 @@ async def build(settings: OrderSettings) -> AsyncIterator[App]:
             max_age_seconds=settings.rate_max_age_seconds,
             timeout_seconds=settings.rate_timeout_seconds,
         )
-        behaviours: list[Behaviour] = [measured]
-        if settings.otlp_endpoint:
-            behaviours.insert(0, traced)
         mediator = Mediator(
             [
                 Registration(
@@ -100,31 +94,24 @@ async def build(settings: OrderSettings) -> AsyncIterator[App]:
                 Registration(ListOrders, queries.list),
                 Registration(ListOrderEvents, queries.timeline),
             ],
-            behaviours,
+            usual_behaviours(tracing=bool(settings.otlp_endpoint)),
         )
         servicer = OrderServicer(mediator, merchants)
         consumer = payment_consumer(mediator)
 
-        async def consume(stopping: asyncio.Event) -> None:
-            await consumer.run(broker, stopping)
-
         async def drop_old() -> None:
-            while await inbox.drop_old(database) == 1000:
-                pass
-            while await idempotency.drop_expired(database) == 1000:
-                pass
+            await inbox.drop_old(database)
+            await idempotency.drop_expired(database)
 
         yield App(
             servicers=[
                 (
                     order_service_pb2.DESCRIPTOR.services_by_name["OrderService"].full_name,
-                    lambda server: order_service_pb2_grpc.add_OrderServiceServicer_to_server(
-                        servicer, server
-                    ),
+                    partial(order_service_pb2_grpc.add_OrderServiceServicer_to_server, servicer),
                 )
             ],
             background=[
-                Background(Role.CONSUME, "consume", consume),
+                Background(Role.CONSUME, "consume", partial(consumer.run, broker)),
                 Background(Role.RELAY, "relay", outbox.relay.run),
                 Background(Role.SWEEP, "sweep", repeatedly(SWEEP_SECONDS, drop_old)),
                 Background(Role.SWEEP, "sweep-outbox", repeatedly(MEASURE_SECONDS, outbox.sweep)),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
 import structlog
 
-from chassis import inbox
+from chassis import inbox, migrations
 from chassis.broker import Limits, connect
 from chassis.database import Database
 from chassis.ids import new_id, now
-from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
-from chassis.migrations import migrate
+from chassis.mediator import Mediator, Registration, usual_behaviours
 from chassis.outbox import Outbox
 from chassis.paging import PageTokens
 from chassis.periodic import repeatedly
@@ -45,15 +44,13 @@ MEASURE_SECONDS = 5.0
 _log = structlog.get_logger("sweep")
 
 
-async def prepare(settings: PaymentSettings) -> None:
-    """Migrates the database and declares what this service listens to.
-
-    Done for every service before any is served, so that no event is published before
-    those who listen to it have a queue.
-    """
-    await migrate(settings.database_url.get_secret_value(), Path(__file__).parent / "migrations")
-    async with connect(settings.broker_url.get_secret_value(), name=NAME) as broker:
-        await broker.declare([SUBSCRIPTION])
+prepare = partial(
+    migrations.prepare,
+    service=NAME,
+    migrations=Path(__file__).parent / "migrations",
+    subscription=SUBSCRIPTION,
+)
+"""Migrates the database and declares what is listened to, before anything is served."""
 
 
 def gateway_for(settings: PaymentSettings) -> PaymentGateway:
@@ -97,9 +94,6 @@ async def build(
             now=now,
             monotonic=monotonic,
         )
-        behaviours: list[Behaviour] = [measured]
-        if settings.otlp_endpoint:
-            behaviours.insert(0, traced)
 
         async def settle(answers: Sequence[Answer]) -> None:
             await mediator.send(SettlePayments(answers=answers))
@@ -143,31 +137,27 @@ async def build(
                 Registration(GetPayment, queries.get),
                 Registration(ListPayments, queries.list),
             ],
-            behaviours,
+            usual_behaviours(tracing=bool(settings.otlp_endpoint)),
         )
         servicer = PaymentServicer(mediator)
         consumer = order_consumer(mediator)
 
-        async def consume(stopping: asyncio.Event) -> None:
-            await consumer.run(broker, stopping)
-
         async def sweep() -> None:
             await store.measure()
-            while await inbox.drop_old(database) == 1000:
-                pass
+            await inbox.drop_old(database)
 
         yield App(
             servicers=[
                 (
                     payment_service_pb2.DESCRIPTOR.services_by_name["PaymentService"].full_name,
-                    lambda server: payment_service_pb2_grpc.add_PaymentServiceServicer_to_server(
-                        servicer, server
+                    partial(
+                        payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, servicer
                     ),
                 )
             ],
             # Whoever settles comes before the relay that carries the events out.
             background=[
-                Background(Role.CONSUME, "consume", consume),
+                Background(Role.CONSUME, "consume", partial(consumer.run, broker)),
                 Background(Role.CONSUME, "payments", payer.run),
                 Background(Role.SWEEP, "resolver", resolver.run),
                 Background(Role.RELAY, "relay", outbox.relay.run),

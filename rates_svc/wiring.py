@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 import structlog
 
 from chassis.ids import Now, now
-from chassis.mediator import Behaviour, Mediator, Registration, measured, traced
+from chassis.mediator import Mediator, Registration, usual_behaviours
 from chassis.paging import PageTokens
 from chassis.runtime import App
 from ordermesh.rates.v1 import exchange_rate_service_pb2 as rates_pb2
@@ -37,21 +38,15 @@ async def build(settings: RatesSettings, *, clock: Now = now) -> AsyncIterator[A
     """
     history = EcbHistory.read(settings.rates_history)
     _log.info("history", first_day=str(history.first_day), last_day=str(history.last_day))
-    behaviours: list[Behaviour] = [traced] if settings.otlp_endpoint else []
     mediator = Mediator(
         registrations(history, PageTokens(settings.page_token_key.get_secret_value()), clock),
-        [*behaviours, measured],
+        usual_behaviours(tracing=bool(settings.otlp_endpoint)),
     )
     servicer = ExchangeRateServicer(mediator)
     service = rates_pb2.DESCRIPTOR.services_by_name["ExchangeRateService"].full_name
     yield App(
         servicers=[
-            (
-                service,
-                lambda server: rates_grpc.add_ExchangeRateServiceServicer_to_server(
-                    servicer, server
-                ),
-            )
+            (service, partial(rates_grpc.add_ExchangeRateServiceServicer_to_server, servicer))
         ]
     )
 

@@ -248,6 +248,19 @@ async def test_reading_takes_no_transaction(database: Database) -> None:
         assert connection.is_in_transaction()
 
 
+async def test_many_rows_are_deleted_in_bounded_steps(database: Database) -> None:
+    """All that the statement means, and nothing else; each step locks few rows and ends soon."""
+    async with database.reading() as connection:
+        await connection.execute(
+            "INSERT INTO notes SELECT n, 'old' FROM generate_series(1, 2500) n"
+        )
+        await connection.execute(NOTE, 2501, "new")
+    statement = "DELETE FROM notes WHERE id IN (SELECT id FROM notes WHERE text = 'old' LIMIT $1)"
+    assert await database.delete_all(statement) == 2500
+    assert await database.delete_all(statement) == 0
+    assert await notes(database) == [2501]
+
+
 async def test_sessions_say_whose_they_are_and_have_their_limits(database: Database) -> None:
     """For whoever looks at the server, and for the server itself."""
     async with database.reading() as connection:
