@@ -14,6 +14,7 @@ T = TypeVar("T")
 
 FIRST_PAUSE_SECONDS = 0.005
 LONGEST_PAUSE_SECONDS = 0.2
+_SOON_PAUSE_SECONDS = 0.02
 
 
 @overload
@@ -95,6 +96,20 @@ async def eventually(
         f"(asked {asked} times); last seen: {seen}"
     )
     raise AssertionError(message) from cause
+
+
+def soon(probe: Callable[[], object], within_seconds: float = 10.0, *, describe: str) -> float:
+    """Waits like `eventually`, where nothing else runs in the meantime; says how long it took.
+
+    Raises:
+        AssertionError: when the time is up.
+    """
+    started = time.monotonic()
+    while not probe():
+        waited_seconds = time.monotonic() - started
+        assert waited_seconds < within_seconds, f"{describe}: not within {within_seconds} s"
+        time.sleep(_SOON_PAUSE_SECONDS)
+    return time.monotonic() - started
 
 
 def _name_of(probe: Callable[[], object]) -> str:

@@ -11,8 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,23 +25,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from meshctl.credentials import AUDIENCE, ISSUER, Certificates, TokenKey
+from tests.eventually import soon
 
 ROOT = Path(__file__).resolve().parents[3]
 RENDER = ROOT / "envoy" / "render.py"
 PATIENCE_SECONDS = 20.0
 GENEROUS = {"requests_per_second_per_client": 100_000, "burst_per_client": 100_000}
-
-
-def wait_until(done: Callable[[], bool], what: str, within_seconds: float = 0.0) -> None:
-    """Asks again and again until the answer is yes.
-
-    Raises:
-        AssertionError: It did not come to be in time.
-    """
-    deadline = time.monotonic() + (within_seconds or PATIENCE_SECONDS)
-    while not done():
-        assert time.monotonic() < deadline, f"not within time: {what}"
-        time.sleep(0.02)
 
 
 def free_port() -> int:
@@ -334,7 +322,7 @@ def an_envoy(
             return False
 
     try:
-        wait_until(ready, "Envoy is ready")
+        soon(ready, PATIENCE_SECONDS, describe="Envoy is ready")
         yield edge
     finally:
         process.send_signal(signal.SIGTERM)
@@ -370,5 +358,9 @@ def an_edge(folder: Path, *, replicas: int = 2, **limits: int) -> Iterator[Edge]
         settings["limits"] |= limits
         edge = stack.enter_context(an_envoy(folder, certificates, tokens, settings))
         edge.order_stubs = orders
-        wait_until(lambda: edge.healthy("order") == replicas, "every replica is healthy")
+        soon(
+            lambda: edge.healthy("order") == replicas,
+            PATIENCE_SECONDS,
+            describe="every replica is healthy",
+        )
         yield edge

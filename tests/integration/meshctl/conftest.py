@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,12 +140,3 @@ def supervisor_of(meshctl: Meshctl) -> int:
 def send(pid: int, number: signal.Signals) -> None:
     """Sends a signal."""
     os.kill(pid, number)
-
-
-def soon(probe: Callable[[], bool], within: float, what: str) -> float:
-    """Waits for something, and answers how many seconds that took."""
-    began = time.monotonic()
-    while not probe():
-        assert time.monotonic() - began < within, f"not within {within} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - began

@@ -20,12 +20,12 @@ from meshctl.mesh import Mesh, Options
 from meshctl.processes import free_port
 from meshctl.state import StateFolder
 from meshctl.up import run_mesh
+from tests.eventually import soon
 from tests.integration.meshctl.conftest import (
     CHECKOUT,
     Meshctl,
     await_gone,
     send,
-    soon,
     supervisor_of,
 )
 
@@ -120,7 +120,7 @@ def test_two_meshes_run_side_by_side(meshctl_in: Callable[[Path], Meshctl], tmp_
     other.up()
     assert one.status()["url"] != other.status()["url"]
     one.run("down")
-    soon(lambda: one.processes() == [], within=5, what="nothing of the one is left")
+    soon(lambda: one.processes() == [], within_seconds=5, describe="nothing of the one is left")
     assert {p["health"] for p in other.status()["processes"]} == {"healthy"}
 
 
@@ -218,7 +218,9 @@ def test_a_process_that_dies_is_started_again_within_5_s_and_said_so(
     before = {p["name"]: p["pid"] for p in meshctl.status()["processes"]}
     killed = datetime.now(UTC)
     send(before[name], signal.SIGKILL)
-    soon(lambda: _is_back(meshctl, name, before[name]), within=30, what=f"{name} is back")
+    soon(
+        lambda: _is_back(meshctl, name, before[name]), within_seconds=30, describe=f"{name} is back"
+    )
     processes = meshctl.status()["processes"]
     # By the supervisor's own clock, so that the time that asking takes does not count.
     started = datetime.fromisoformat(
@@ -245,8 +247,8 @@ def test_what_depends_on_a_dead_process_waits_for_it(meshctl: Meshctl) -> None:
             {p["health"] for p in meshctl.status()["processes"]} == {"healthy"}
             and "order ready again" in (meshctl.state / "events.log").read_text()
         ),
-        within=10,
-        what="everything is back",
+        within_seconds=10,
+        describe="everything is back",
     )
     events = (meshctl.state / "events.log").read_text()
     assert events.index("postgres ready again") < events.index("order ready again")
@@ -287,7 +289,7 @@ def test_a_guardian_that_dies_is_replaced(meshctl: Meshctl) -> None:
 
     (first,) = guardians()
     send(first, signal.SIGKILL)
-    soon(lambda: bool(guardians() - {first}), within=3, what="another guardian")
+    soon(lambda: bool(guardians() - {first}), within_seconds=3, describe="another guardian")
 
 
 def test_leftovers_of_a_killed_supervisor_are_cleared_at_the_next_start(meshctl: Meshctl) -> None:
@@ -308,7 +310,7 @@ def test_leftovers_of_a_killed_supervisor_are_cleared_at_the_next_start(meshctl:
 def test_ctrl_c_ends_everything_within_10_s(meshctl: Meshctl) -> None:
     """SIGINT to the foreground: exit code 0, nothing left, no file that says it runs."""
     foreground = meshctl.start()
-    soon(lambda: _is_running(meshctl), within=60, what="the mesh is up")
+    soon(lambda: _is_running(meshctl), within_seconds=60, describe="the mesh is up")
     running = meshctl.processes()
     send(foreground.pid, signal.SIGINT)
     output, _ = foreground.communicate(timeout=10)
@@ -321,12 +323,12 @@ def test_ctrl_c_ends_everything_within_10_s(meshctl: Meshctl) -> None:
 def test_a_second_ctrl_c_ends_everything_at_once(meshctl: Meshctl) -> None:
     """A process that ignores SIGTERM does not hold up somebody in a hurry."""
     foreground = meshctl.start()
-    soon(lambda: _is_running(meshctl), within=60, what="the mesh is up")
+    soon(lambda: _is_running(meshctl), within_seconds=60, describe="the mesh is up")
     running = meshctl.processes()
     # Stopped, it cannot even notice that it is asked to end.
     send(meshctl.pid_of("payment"), signal.SIGSTOP)
     send(foreground.pid, signal.SIGINT)
-    soon(lambda: _state(meshctl) == "stopping", within=3, what="it stops")
+    soon(lambda: _state(meshctl) == "stopping", within_seconds=3, describe="it stops")
     send(foreground.pid, signal.SIGINT)
     output, _ = foreground.communicate(timeout=3)
     assert "at once" in output
@@ -336,10 +338,10 @@ def test_a_second_ctrl_c_ends_everything_at_once(meshctl: Meshctl) -> None:
 def test_ctrl_c_while_starting_leaves_nothing_running(meshctl: Meshctl) -> None:
     """The start is cut short in the middle."""
     foreground = meshctl.start()
-    soon(lambda: len(meshctl.processes()) > 2, within=30, what="something runs")
+    soon(lambda: len(meshctl.processes()) > 2, within_seconds=30, describe="something runs")
     send(foreground.pid, signal.SIGINT)
     foreground.communicate(timeout=10)
-    soon(lambda: meshctl.processes() == [], within=1, what="nothing runs")
+    soon(lambda: meshctl.processes() == [], within_seconds=1, describe="nothing runs")
 
 
 def test_a_service_that_does_not_start_is_named_with_its_last_words(meshctl: Meshctl) -> None:

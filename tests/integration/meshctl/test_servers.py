@@ -27,7 +27,8 @@ from meshctl.servers import (
     throwaway_valkey,
     unprivileged,
 )
-from tests.integration.meshctl.conftest import CHECKOUT, await_gone, soon
+from tests.eventually import soon
+from tests.integration.meshctl.conftest import CHECKOUT, await_gone
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -192,7 +193,11 @@ def test_servers_die_with_the_process_that_started_them(blow: signal.Signals) ->
         try:
             assert parent.stdout is not None
             postmaster = psutil.Process(int(parent.stdout.readline()))
-            soon(lambda: len(postmaster.children()) >= 3, within=10, what="PostgreSQL works")
+            soon(
+                lambda: len(postmaster.children()) >= 3,
+                within_seconds=10,
+                describe="PostgreSQL works",
+            )
             everything = [postmaster, *postmaster.children(recursive=True)]
             parent.send_signal(blow)
             parent.wait()

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from meshctl.state import (
     RunStatus,
     StateFolder,
 )
+from tests.eventually import soon
 
 
 def _a_run(pid: int) -> RunStatus:
@@ -175,10 +175,7 @@ def test_a_guardian_outwaits_whoever_looks_whether_the_lock_is_held(tmp_path: Pa
     with (state.path / "lock").open("r+") as looking:
         fcntl.flock(looking, fcntl.LOCK_EX)
         guardian = subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd=checkout())
-        soon = time.monotonic() + 10
-        while not _has_open(guardian.pid, state.path / "lock"):
-            assert time.monotonic() < soon
-            time.sleep(0.005)
+        soon(lambda: _has_open(guardian.pid, state.path / "lock"), describe="it asks for the lock")
     assert guardian.wait(10) == 0
     assert not (state.path / "run.json").exists()
 

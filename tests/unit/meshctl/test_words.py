@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ from meshctl.console import plain_table
 from meshctl.processes import MeshError, ProcessFailedError, checkout, exit_words, last_lines
 from meshctl.resources import _line, amount_words, money
 from meshctl.session import Duration, merchant_of, resource_name
+from tests.eventually import soon
 
 ORDER = "0199f3d2-8c1e-7c3a-9b51-1f0f6c3e2a77"
 
@@ -261,14 +261,16 @@ def test_following_logs_ends_with_its_reader(tmp_path: Path) -> None:
         assert following.stdout is not None
         assert following.stdout.readline() == b"first\n"
         following.stdout.close()
-        deadline = time.monotonic() + 10
-        while following.poll() is None and time.monotonic() < deadline:
+
+        def ends_when_there_is_more_to_say() -> bool:
             with log.open("a") as file:
                 file.write("another\n")
-            time.sleep(0.02)
-        ended = following.poll() is not None
-        following.kill()
-    assert ended
+            return following.poll() is not None
+
+        try:
+            soon(ends_when_there_is_more_to_say, describe="nobody reads, so it ends")
+        finally:
+            following.kill()
 
 
 @pytest.mark.parametrize("command", ["status", "env", "down"])
