@@ -54,6 +54,10 @@ MALFORMED_MESSAGE: Final = "MalformedMessage"
 
 _COPY_RETRY_SECONDS_MAX: Final = 5.0
 
+_BATCHES_HELD: Final = 2
+"""One is handled while the next arrives; else each would be cut short by the round trip in
+which the settled one makes room."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
@@ -180,8 +184,9 @@ class Session:
         return batch
 
     async def _handle(self, channel: AbstractChannel, batch: Sequence[_Held]) -> None:
-        if self._prefetch < self._subscription.batch_size and not batch[0].delivery.delivery_count:
-            await self._take_up(channel, prefetch=self._subscription.batch_size)
+        prefetch = _BATCHES_HELD * self._subscription.batch_size
+        if self._prefetch < prefetch and not batch[0].delivery.delivery_count:
+            await self._take_up(channel, prefetch=prefetch)
         if batch[0].malformed:
             disposals: list[Disposal] = [bury(MALFORMED_MESSAGE, batch[0].malformed)]
         else:
