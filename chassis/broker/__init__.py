@@ -27,8 +27,8 @@ Why it is made like this, and what it costs: docs/adr/0010 to 0014.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -138,7 +138,8 @@ class Subscription:
     """Full names of events, no patterns. A type once subscribed stays subscribed until an
     operator unbinds it: during a roll-out older processes read the same queue."""
     batch_size: int = 64
-    """Most deliveries handed over at once, and most held unsettled."""
+    """Most deliveries handed over at once. RabbitMQ's consumers hold as many again, which
+    arrive in the meantime."""
 
     def __post_init__(self) -> None:
         """Rejects what no implementation could honour."""
@@ -265,10 +266,9 @@ class Broker(Protocol):
         """
 
 
-def connect(
-    url: str, *, name: str, limits: Limits | None = None
-) -> AbstractAsyncContextManager[Broker]:
-    """Answers the broker at a URL, to be entered with `async with`.
+@asynccontextmanager
+async def connect(url: str, *, name: str, limits: Limits | None = None) -> AsyncIterator[Broker]:
+    """The broker at a URL, closed at the end of the block.
 
     Entering does not wait for the broker: a service takes orders while its broker is away.
 
@@ -282,19 +282,26 @@ def connect(
     Raises:
         ValueError: The scheme names no broker.
     """
+    broker = _broker(url, name, limits or Limits())
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+def _broker(url: str, name: str, limits: Limits) -> Broker:
     # Late imports: a mesh on PostgreSQL never loads the AMQP client, nor the other way round.
     scheme = urlsplit(url).scheme
-    numbers = limits or Limits()
     if scheme in {"amqp", "amqps"}:
         from chassis.broker.amqp import AmqpBroker
 
-        return AmqpBroker(url, name=name, limits=numbers)
+        return AmqpBroker(url, name=name, limits=limits)
     if scheme in {"postgresql", "postgres"}:
         from chassis.broker.postgres import PostgresBroker
 
-        return PostgresBroker(url, name=name, limits=numbers)
+        return PostgresBroker(url, name=name, limits=limits)
     if scheme == "memory":
         from chassis.broker.memory import MemoryBroker, server_named
 
-        return MemoryBroker(server_named(urlsplit(url).netloc), limits=numbers)
+        return MemoryBroker(server_named(urlsplit(url).netloc), limits=limits)
     raise ValueError(f"no broker speaks {scheme!r}: use amqp, amqps, postgresql or memory")

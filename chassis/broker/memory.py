@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
-from types import TracebackType
 from weakref import WeakValueDictionary
 
 from chassis.broker import (
-    Broker,
     BrokerUnavailableError,
     DeadLetterRecord,
     Delivery,
@@ -102,19 +100,6 @@ class MemoryBroker:
     def __init__(self, server: MemoryServer | None = None, *, limits: Limits | None = None) -> None:
         self.server = server or MemoryServer()
         self._limits = limits or Limits()
-
-    async def __aenter__(self) -> Broker:
-        """Connects, which takes nothing."""
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes."""
-        await self.close()
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""

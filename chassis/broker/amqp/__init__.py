@@ -38,7 +38,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Final
 
 import aiormq
@@ -46,7 +45,6 @@ from aio_pika.abc import AbstractConnection
 from aiormq import spec
 
 from chassis.broker import (
-    Broker,
     BrokerUnavailableError,
     DeadLetterRecord,
     Handler,
@@ -87,19 +85,6 @@ class AmqpBroker:
         self._name = name
         self._limits = limits
         self._publisher = Publisher(url, name, limits)
-
-    async def __aenter__(self) -> Broker:
-        """Connects to nothing yet."""
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes."""
-        await self.close()
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""

@@ -40,14 +40,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Final
 
 import asyncpg
 import structlog
 
 from chassis.broker import (
-    Broker,
     BrokerUnavailableError,
     DeadLetterRecord,
     Handler,
@@ -97,19 +95,6 @@ class PostgresBroker:
         # One connection publishes everything: the relay sends batch after batch anyway.
         self._publisher: Connection | None = None
         self._publishing = asyncio.Lock()
-
-    async def __aenter__(self) -> Broker:
-        """Connects to nothing yet."""
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes."""
-        await self.close()
 
     async def declare(self, subscriptions: Sequence[Subscription]) -> None:
         """See `chassis.broker.Broker.declare`."""

@@ -44,7 +44,8 @@ def test_brokers_of_one_name_share_a_server_and_others_do_not() -> None:
     assert server_named("other") is not kept
 
 
-def test_an_unknown_scheme_is_refused() -> None:
+async def test_an_unknown_scheme_is_refused() -> None:
     """A wrong URL is found out before anything runs."""
     with pytest.raises(ValueError, match="no broker speaks 'kafka'"):
-        connect("kafka://host", name="suite")
+        async with connect("kafka://host", name="suite"):
+            pass
