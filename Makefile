@@ -69,7 +69,7 @@ check-settings: setup-dev ## docs/settings.md is what the settings classes say
 check-image: ## build the container image without an engine (root, Debian, five minutes)
 	@deploy/check_image.sh
 
-test-servers: ## install the servers that tests need and no wheel holds (RabbitMQ)
+test-servers: ## install the servers that tests need and no wheel holds (RabbitMQ, curl)
 	@tools/install_test_servers.sh
 
 test: setup-dev test-servers ## run the tests

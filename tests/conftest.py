@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,13 +40,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs RabbitMQ where it is not installed; never in CI, which installs it."""
-    if RABBITMQ_SERVER.exists() or os.environ.get("CI"):
+    """Skips what needs a program that is not installed; never in CI, which installs them."""
+    if os.environ.get("CI"):
         return
-    reason = "rabbitmq-server is not installed; `make test-servers` installs it"
+    there = {"rabbitmq": RABBITMQ_SERVER.exists(), "curl": shutil.which("curl") is not None}
     for item in items:
-        if item.get_closest_marker("rabbitmq"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for name in (name for name, is_there in there.items() if not is_there):
+            if item.get_closest_marker(name):
+                reason = f"{name} is not installed; `make test-servers` installs it"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure() -> None:

@@ -74,6 +74,7 @@ def the_only(blocks: dict[str, str], word: str) -> tuple[str, str]:
     return found
 
 
+@pytest.mark.curl
 async def test_the_printed_curl_and_buf_lines_place_orders_that_are_paid(
     mesh: Mesh, rest: RestCaller
 ) -> None:

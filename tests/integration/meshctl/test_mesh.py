@@ -61,6 +61,7 @@ def test_everything_listens_on_the_loopback_interface_alone(meshctl: Meshctl) ->
         assert _strangers_to_the_loopback(process) == []
 
 
+@pytest.mark.curl
 def test_the_lines_of_env_can_be_evaluated_by_a_shell_and_call_the_edge(
     meshctl_in: Callable[[Path], Meshctl], tmp_path: Path
 ) -> None:
