@@ -123,13 +123,18 @@ def _method_of(service: str, method: descriptor_pb2.MethodDescriptorProto) -> Me
 def query_over_path(services: Iterable[Service]) -> str:
     """A regular expression for paths whose query names a field that paths hold.
 
-    The transcoder would take the query's value in the path's place.
+    The transcoder would take the query's value in the path's place, and it decodes names.
     """
     lines = [method.rest for service in services for method in service.methods]
     held = {field for line in lines for field in re.findall(r"\{([\w.]+)", line)}
     # As JSON calls them, too.
     held |= {re.sub(r"_(\w)", lambda match: match[1].upper(), field) for field in held}
-    return rf".*[?&]({'|'.join(map(re.escape, sorted(held)))})=.*"
+    return rf".*[?&]({'|'.join(map(_as_sent, sorted(held)))})=.*"
+
+
+def _as_sent(name: str) -> str:
+    """Matches a name in a query, each character of it percent-encoded or not."""
+    return "".join(f"({re.escape(char)}|%(?i:{ord(char):02x}))" for char in name)
 
 
 def roles_expression() -> str:

@@ -196,7 +196,9 @@ async def test_what_cannot_be_read_is_answered_400_and_says_where(
     [
         ("GET", f"{ORDER}?name=merchants/acme/orders/1"),
         ("GET", f"{ORDER}?name="),
+        ("GET", f"{ORDER}?n%61me=merchants/acme/orders/1"),
         ("GET", f"{ORDERS}?pageSize=1&parent=merchants/acme"),
+        ("GET", f"{ORDERS}?pageSize=1&%70%61re%6Et=merchants/acme"),
         ("POST", f"{ORDERS}?parent=merchants/acme"),
         ("POST", f"{ORDER}:cancel?name=merchants/acme/orders/1"),
     ],
