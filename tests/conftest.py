@@ -12,6 +12,7 @@ from hypothesis import settings
 
 # The fixtures that tests of several folders share.
 from tests.databases import databases, empty_database  # noqa: F401
+from tests.processes import is_alive, processes_where
 
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 
@@ -56,42 +57,27 @@ def pytest_configure() -> None:
     os.environ[MARK] = str(os.getpid())
 
 
-def _started_by_us() -> list[psutil.Process]:
-    """The tests' processes that run still, those that lost their parent among them."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "name"]):
-        try:
-            marked = process.environ().get(MARK) == os.environ[MARK]
-            if marked and process.pid != os.getpid():
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it ended just now, or is nobody's business here
-    return found
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether a process is more than an entry that its parent has not read yet."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _is_started_by_us(process: psutil.Process) -> bool:
+    """Whether it is one of the tests' processes, also where it has lost its parent."""
+    marked = process.environ().get(MARK) == os.environ[MARK]
+    return bool(marked and process.pid != os.getpid())
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
     """Fails the run, and ends them, when tests leave processes behind."""
     yield
-    started = _started_by_us()
+    started = processes_where(_is_started_by_us)
     _, running = psutil.wait_procs(started, timeout=LEAVE_SECONDS if started else 0)
-    left = [process for process in running if _is_alive(process)]
+    left = [*filter(is_alive, running)]
     if not left:
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for process in left:
-        if reporter is not None:
-            command = " ".join(process.info["cmdline"] or [process.info["name"]])
-            reporter.ensure_newline()
-            reporter.write_line(f"left running: {process.pid} {command}", red=True)
         with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline() or [process.name()])
+            if reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(f"left running: {process.pid} {command}", red=True)
             process.kill()
     session.exitstatus = pytest.ExitCode.TESTS_FAILED

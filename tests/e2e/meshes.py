@@ -26,6 +26,8 @@ import asyncpg
 import psutil
 import pytest
 
+from tests.processes import is_alive, processes_of_mesh
+
 Json = dict[str, Any]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -130,7 +132,7 @@ class Mesh:
         running = self.processes()
         self.run("down", within_seconds=DOWN_SECONDS_MAX)
         _, alive = psutil.wait_procs(running, timeout=5)
-        return [*(p for p in alive if p.status() != psutil.STATUS_ZOMBIE), *self.processes()]
+        return [*filter(is_alive, alive), *self.processes()]
 
     def kill_leftovers(self) -> None:
         """Ends what a failed test may have left, so that the next one starts clean."""
@@ -141,22 +143,7 @@ class Mesh:
 
     def processes(self) -> list[psutil.Process]:
         """Every process of the mesh, its supervisor among them, by what it carries."""
-        found = []
-        memory = self.state / "mesh.json"
-        mark = json.loads(memory.read_text())["id"] if memory.exists() else "-"
-        for process in psutil.process_iter():
-            try:
-                ours = (
-                    process.environ().get("ORDERMESH_STATE_ID") == mark
-                    or str(self.state) in " ".join(process.cmdline())
-                    # PostgreSQL's own children keep neither.
-                    or (process.name() == "postgres" and str(self.state) in process.cwd())
-                )
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue  # it ended just now, or is nobody's business here
-        return found
+        return processes_of_mesh(self.state)
 
     # ------------------------------------------------------------------ asking it
 

@@ -9,6 +9,7 @@ import pytest
 
 from meshctl.samples import samples
 from tests.e2e.meshes import Mesh
+from tests.processes import processes_where
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -44,12 +45,9 @@ def test_the_demo_shows_each_orders_way_and_leaves_nothing(
         assert word in done.stdout, f"{word}\n{done.stdout}"
     assert "everything is stopped" in done.stderr
     assert list(scratch.iterdir()) == []
-    assert [process for process in psutil.process_iter() if _is_in(process, scratch)] == []
+    assert processes_where(lambda process: _is_in(process, scratch)) == []
     assert not mesh.state.exists(), "it touches no mesh of ours"
 
 
 def _is_in(process: psutil.Process, folder: Path) -> bool:
-    try:
-        return str(folder) in " ".join([*process.cmdline(), process.cwd()])
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False  # it ended just now, or is nobody's business here
+    return str(folder) in " ".join([*process.cmdline(), process.cwd()])

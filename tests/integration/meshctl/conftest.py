@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import is_alive, processes_of_mesh
+
 CHECKOUT = Path(__file__).resolve().parents[3]
 PACKAGES = ("order_svc", "payment_svc", "notify_svc", "rates_svc")
 
@@ -69,28 +71,14 @@ class Meshctl:
         return next((p["pid"] or 0 for p in processes if p["name"] == name), 0)
 
     def processes(self) -> list[psutil.Process]:
-        """Every process of the mesh but its supervisor, found by what it carries."""
-        found = []
-        memory = self.state / "mesh.json"
-        mark = json.loads(memory.read_text())["id"] if memory.exists() else "-"
-        for process in psutil.process_iter():
-            try:
-                ours = (
-                    process.environ().get("ORDERMESH_STATE_ID") == mark
-                    or str(self.state) in " ".join(process.cmdline())
-                    or (process.name() == "postgres" and str(self.state) in process.cwd())
-                )
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            if ours:
-                found.append(process)
-        return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+        """Every process of the mesh, found by what it carries."""
+        return processes_of_mesh(self.state)
 
 
 def await_gone(processes: list[psutil.Process], within: float) -> None:
     """Waits until all of these have ended, and says which have not."""
     _, alive = psutil.wait_procs(processes, timeout=within)
-    left = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    left = [*filter(is_alive, alive)]
     assert not left, f"still running: {left}"
 
 
